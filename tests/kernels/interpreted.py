@@ -1,0 +1,107 @@
+"""Kernels under Triton's interpreter on a CPU; `test_interpreter.py` runs this file with TRITON_INTERPRET=1.
+
+The interpreter is slow and wrong in bfloat16, so shapes are tiny and the dtype is float32.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from zoo.kernels.bilevel_routing import reference
+from zoo.kernels.bilevel_routing import triton as kernels
+from zoo.kernels.depthwise_conv import reference as conv_reference
+from zoo.kernels.depthwise_conv import triton as conv_kernels
+
+# (map, channels, heads, region, topk, key map, key region, mask_padding, distinct) and the designs expected.
+PROBLEMS = {
+    "dense": ((6, 6), 16, 1, (2, 3), 2, None, None, False, True),
+    "dense_masked": ((5, 7), 16, 1, (1, 2), 7, None, None, True, True),
+    "dense_two_heads": ((6, 4), 24, 2, (1, 1), 20, None, None, False, True),
+    "tile": ((8, 4), 24, 2, (4, 4), 1, None, None, False, False),
+    "tile_padded": ((7, 5), 24, 2, (4, 3), 2, None, None, False, False),
+    "tile_masked": ((7, 5), 16, 1, (4, 3), 2, None, None, True, False),
+    "tile_of_blocks": ((16, 8), 16, 1, (16, 8), 1, None, None, False, True),
+    "walk": ((20, 20), 16, 1, (10, 10), 3, None, None, False, True),
+    "cross": ((6, 10), 32, 2, (3, 5), 3, (4, 6), (2, 2), False, False),
+}
+DESIGNS = {"dense": "tile tile tile", "tile": "tile tile walk", "walk": "walk walk walk"}
+
+
+def setup(name: str):
+    size, C, heads, region, topk, kv_size, kv_region, mask, distinct = PROBLEMS[name]
+    kv_size, kv_region = kv_size or size, kv_region or region
+    torch.manual_seed(0)
+    q = torch.randn(1, *size, C)
+    k, v = torch.randn(2, 1, *kv_size, C)
+    index, _ = reference.route_regions(q, k, region, kv_region, topk, 1.0)
+    return (q, k, v), index, (heads, region, kv_region, 0.3, mask), distinct
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_attention(name: str) -> None:
+    inputs, index, settings, distinct = setup(name)
+    heads, region, kv_region, scale, mask = settings
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    expected = reference.bilevel_attention(*leaves, index, *settings)
+    grad = torch.randn_like(expected)
+    out, lse = kernels.forward(*inputs, index, heads, region, kv_region, scale, mask, distinct)
+    grads = kernels.backward(grad, *inputs, out, lse, index, heads, region, kv_region, scale, mask, distinct)
+    torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, grad), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "designs"), DESIGNS.items())
+def test_each_design_is_taken(name: str, designs: str) -> None:
+    (q, k, _), index, (heads, region, kv_region, scale, mask), distinct = setup(name)
+    plan = kernels.plan(
+        q.shape, q.stride(), k.shape, k.stride(), index.shape, heads, region, kv_region, scale, mask, distinct
+    )
+    assert " ".join(design for design, _, _ in plan.launches.values()) == designs
+    assert plan.dense == name.startswith("dense")
+
+
+def test_attention_with_a_graph_per_head() -> None:
+    q, k, v = torch.randn(3, 1, 4, 6, 32)
+    index = torch.randn(1, 2, 6, 6).topk(2).indices.int()
+    settings = (2, (2, 2), (2, 2), 0.3, False)
+    out, lse = kernels.forward(q, k, v, index, *settings, False)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = reference.bilevel_attention(*leaves, index, *settings)
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
+    grads = kernels.backward(grad, q, k, v, out, lse, index, *settings, False)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, grad), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "region", "topk"), [((5, 7), (2, 3), 3), ((6, 6), (1, 2), 16)])
+def test_routing(size: tuple, region: tuple, topk: int) -> None:
+    q, k = torch.randn(2, 2, *size, 24)
+    index, weight = kernels.route(q, k, region, region, topk, 0.4)
+    expected = reference.route_regions(q, k, region, region, topk, 0.4)
+    assert torch.equal(index, expected[0])
+    torch.testing.assert_close(weight, expected[1], rtol=1e-4, atol=1e-6)
+
+
+def test_transposed_graph() -> None:
+    index = torch.tensor([[[0, 2], [2, 1], [0, 2]]], dtype=torch.int32)
+    reader, start = kernels.transpose_graph(index, 4)
+    assert start.tolist() == [[0, 2, 3, 6, 6]] and reader.tolist() == [[0, 2, 1, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_convolution(kernel: int) -> None:
+    x = torch.randn(2, 5, 9, 40)[..., 20:].requires_grad_()
+    weight, bias = torch.randn(20, 1, kernel, kernel, requires_grad=True), torch.randn(20, requires_grad=True)
+    residual = torch.randn(2, 5, 9, 20)
+    expected = conv_reference.depthwise_conv2d(x, weight, bias, residual)
+    out = conv_kernels.convolve(x.detach(), weight.detach(), bias.detach(), residual, False)
+    torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
+    grad = torch.randn_like(expected)
+    dx = conv_kernels.convolve(grad, weight.detach(), None, None, False, flip=True)
+    dw, db = conv_kernels.weight_gradient(x.detach(), grad, weight.detach(), True)
+    torch.testing.assert_close(
+        (dx, dw, db), torch.autograd.grad(expected, (x, weight, bias), grad), rtol=1e-4, atol=1e-4
+    )
+    plus_input = conv_kernels.convolve(x.detach(), weight.detach(), bias.detach(), None, True)
+    torch.testing.assert_close(plus_input, (expected - residual + x).detach(), rtol=1e-4, atol=1e-5)

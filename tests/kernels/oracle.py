@@ -1,0 +1,32 @@
+"""How an op is judged: against its reference in float64, by what plain torch loses in the same dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """The output of `function` and its gradients with respect to every input."""
+    inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+
+def assert_as_exact_as_torch(
+    op: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, names: list[str]
+) -> None:
+    """Error to the float64 reference at most twice that of the reference run in the inputs' own dtype."""
+    exact = with_gradients(reference, [x.double() for x in inputs], grad.double())
+    plain = with_gradients(reference, inputs, grad)
+    actual = with_gradients(op, inputs, grad)
+    for name, e, p, a in zip(["out", *names], exact, plain, actual, strict=True):
+        assert a.shape == e.shape and a.dtype == p.dtype, f"{name}: {a.shape} {a.dtype}, expected {e.shape} {p.dtype}"
+        assert torch.isfinite(a).all(), f"{name} is not finite"
+        allowed = 2 * (p.double() - e).abs().max() + 1e-5 * e.abs().max()
+        error = (a.double() - e).abs().max()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"

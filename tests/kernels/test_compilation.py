@@ -1,0 +1,121 @@
+"""Kernels compile for every supported GPU architecture, without one, as their launchers call them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from zoo.kernels.bilevel_routing import triton as attention
+from zoo.kernels.depthwise_conv import triton as conv
+
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+OPTIONS = ("num_warps", "num_stages")
+
+# Stages 1 to 3 of BiFormer at 224 pixels, and stage 1 at 512: (map, channels, heads, region, topk). The last one has
+# more keys than a tile holds.
+STAGES = {
+    "stage1": ((56, 56), 64, 2, (8, 8), 1),
+    "stage2": ((28, 28), 128, 4, (4, 4), 4),
+    "stage3": ((14, 14), 256, 8, (2, 2), 16),
+    "stage1_512": ((128, 128), 64, 2, (16, 16), 1),
+    "large": ((40, 40), 64, 2, (20, 20), 1),
+}
+FAST = ("stage2", "stage3")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
+    """Record launches instead of running them."""
+    recorded = []
+    monkeypatch.setattr(
+        JITFunction, "run", lambda self, *args, grid, warmup, **kwargs: recorded.append((self, args, kwargs))
+    )
+    yield recorded
+
+
+def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict, arch: int):
+    """Compile a recorded launch with the specialisation that the launcher would apply."""
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    signature, constants, attrs = {}, {}, {}
+    fixed = {p.name for p in kernel.params if p.do_not_specialize}
+    for i, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if kernel.params[i].is_constexpr:
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attrs[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0 and name not in fixed:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def spilled_bytes(compiled, folder: Path) -> int:
+    """Stack frame of a compiled kernel: registers that did not fit."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    return int(re.search(r"STACK:(\d+)", usage.stdout + usage.stderr)[1])
+
+
+def launch_attention(name: str) -> None:
+    size, C, heads, region, topk = STAGES[name]
+    q, k, v = torch.empty(4, *size, 3 * C, dtype=torch.bfloat16).split(C, -1)
+    index = torch.zeros(4, -(-size[0] // region[0]) * -(-size[1] // region[1]), topk, dtype=torch.int32)
+    settings = (heads, region, region, 0.125, False, True)
+    attention.route(q, k, region, region, topk, 1.0)
+    out, lse = attention.forward(q, k, v, index, *settings)
+    attention.backward(out, q, k, v, out, lse, index, *settings)
+
+
+def launch_convolution(kernel: int) -> None:
+    x = torch.empty(4, 28, 28, 384, dtype=torch.bfloat16)[..., 256:]
+    grad, weight, bias = torch.empty(x.shape, dtype=x.dtype), torch.empty(128, 1, kernel, kernel), torch.empty(128)
+    conv.convolve(x, weight, bias, grad, False)
+    conv.convolve(grad, weight, None, None, True, flip=True)
+    conv.weight_gradient(x, grad, weight, True)
+
+
+def check(launches: list, arch: int, folder: Path) -> None:
+    assert launches
+    for kernel, args, kwargs in launches:
+        compiled = compile_launch(kernel, args, kwargs, arch)
+        stack = spilled_bytes(compiled, folder)
+        assert stack == 0, f"{kernel.__name__} spills {stack} bytes on sm_{arch}"
+
+
+def cases(names: tuple) -> list:
+    """Every case on Hopper's architecture quickly, all others behind the slow marker."""
+    out = []
+    for name in names:
+        for arch in (80, 90, 100):
+            marks = () if arch == 90 and name in (*FAST, 5) else (pytest.mark.slow,)
+            out.append(pytest.param(name, arch, marks=marks, id=f"{name}-sm_{arch}"))
+    return out
+
+
+@pytest.mark.parametrize(("name", "arch"), cases(tuple(STAGES)))
+def test_attention_compiles_without_spills(name: str, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_attention(name)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "arch"), cases((3, 5)))
+def test_convolution_compiles_without_spills(name: int, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_convolution(name)
+    check(launches, arch, tmp_path)

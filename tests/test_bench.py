@@ -1,0 +1,357 @@
+"""The benchmark runner: suites, the correctness gate, rows, plot. Times themselves are never asserted."""
+
+from __future__ import annotations
+
+import csv
+import sys
+
+import pytest
+import torch
+import yaml
+
+from zoo.bench import gate, main, models, report, runner, suites, timing
+from zoo.bench.ops import OPS, Op, plain_attention, routed_block_mask, sdpa_attention
+
+CPU = torch.device("cpu")
+
+
+class Square(Op):
+    """x squared, right or wrong on demand."""
+
+    leaves = ("x",)
+
+    def __init__(self, ours, peer=None):
+        self.functions = {"zoo": ours, "plain": lambda inputs: inputs["x"] * inputs["x"]}
+        if peer:
+            self.functions["peer"] = peer
+
+    def make_inputs(self, shape, dtype, device, seed=0):
+        generator = torch.Generator(device).manual_seed(seed)
+        x = torch.randn(shape["batch"], 8, generator=generator, device=device).to(dtype)
+        return {"x": x.requires_grad_()}
+
+    def providers(self, device):
+        return self.functions
+
+    def bytes(self, shape, dtype, backward):
+        return 1
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@pytest.fixture
+def write_suite(tmp_path):
+    def write(**data):
+        path = tmp_path / "toy.yaml"
+        path.write_text(yaml.safe_dump(data))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def toy(monkeypatch, write_suite):
+    """A suite of one op named ``toy``."""
+
+    def make(*functions):
+        monkeypatch.setitem(OPS, "toy", Square(*functions))
+        return write_suite(ops=["toy"], shapes=[{"name": "small", "batch": 2}])
+
+    return make
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def quick(*args):
+    return main([*args, "--quick", "--device", "cpu"])
+
+
+def test_right_op_is_timed_and_rows_are_appended(toy, tmp_path, capsys):
+    suite = toy(lambda inputs: inputs["x"] ** 2)
+    for _ in range(2):
+        assert quick(suite, "--out", str(tmp_path / "results")) == 0
+    rows = rows_of(tmp_path / "results" / "toy.csv")
+    assert len(rows) == 2 * 2 * 2
+    assert tuple(rows[0]) == report.COLUMNS
+    first = rows[0]
+    assert (first["suite"], first["name"], first["provider"], first["mode"]) == ("toy", "toy", "zoo", "forward")
+    assert first["metric"] == "wall_time"
+    assert float(first["p20"]) <= float(first["p50"]) <= float(first["p80"])
+    for column in ("device", "torch", "zoo", "timestamp", "speedup", "eager_p50"):
+        assert first[column]
+    assert first["roofline_percent"] == ""
+    assert "small" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (lambda inputs: inputs["x"] ** 2 * 1.01, "output"),
+        (lambda inputs: WrongGradient.apply(inputs["x"]), "gradient of x"),
+        (lambda inputs: inputs["x"] ** 2 * float("nan"), "output is off by nan"),
+        (lambda inputs: (inputs["x"] ** 2)[:1], "output is off by inf"),
+    ],
+)
+def test_wrong_op_is_refused(toy, tmp_path, capsys, wrong, reason):
+    suite = toy(wrong)
+    assert quick(suite, "--out", str(tmp_path / "results")) == 1
+    captured = capsys.readouterr()
+    assert "refused, no time reported" in captured.err
+    assert reason in captured.err
+    assert not (tmp_path / "results").exists()
+
+
+def test_wrong_peer_loses_its_rows_only(toy, tmp_path, capsys):
+    suite = toy(lambda inputs: inputs["x"] ** 2, lambda inputs: inputs["x"])
+    assert quick(suite, "--out", str(tmp_path)) == 0
+    assert {row["provider"] for row in rows_of(tmp_path / "toy.csv")} == {"zoo", "plain"}
+    assert "peer peer left out" in capsys.readouterr().err
+
+
+def test_quick_writes_only_where_told(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "results_folder", lambda: tmp_path / "default")
+    assert quick(toy(lambda inputs: inputs["x"] ** 2)) == 0
+    assert not (tmp_path / "default").exists()
+
+
+def test_filter_and_dtype(toy, tmp_path):
+    suite = toy(lambda inputs: inputs["x"] ** 2)
+    options = ["--filter", "backward", "--filter", "zoo$", "--dtype", "bfloat16", "--out", str(tmp_path)]
+    assert quick(suite, *options) == 0
+    (row,) = rows_of(tmp_path / "toy.csv")
+    assert (row["mode"], row["provider"], row["dtype"]) == ("forward+backward", "zoo", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["no_such_suite"], "no suite 'no_such_suite'"),
+        (["depthwise_con"], "did you mean depthwise_conv"),
+        (["depthwise_conv", "--filter", "("], "no regular expression"),
+        (["depthwise_conv", "--filter", "nothing like this"], "leave nothing to run"),
+        (["depthwise_conv", "--device", "tpu"], "tpu"),
+    ],
+)
+def test_usage_errors(args, message, capsys):
+    try:
+        status = main([*args, "--quick"])
+    except RuntimeError as error:
+        pytest.fail(f"an exception reached the user: {error}")
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"ops": ["depthwise_conv"]}, "lacks"),
+        ({"ops": ["no_op"], "shapes": []}, "no_op"),
+        ({"ops": ["depthwise_conv"], "shapes": [], "dtypes": ["int8"]}, "int8"),
+        ({"ops": ["depthwise_conv"], "shapes": [], "cpu": {"colour": 1}}, "colour"),
+        ({"models": ["x"], "batch": 1, "size": 1, "modes": ["forward"]}, "forward"),
+        ({"title": "neither"}, "either ops or models"),
+    ],
+)
+def test_suite_mistakes_are_named(write_suite, data, message):
+    with pytest.raises(ValueError, match=message):
+        suites.load(write_suite(**data))
+
+
+@pytest.mark.parametrize("name", suites.list_suites())
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("cpu", [False, True])
+def test_shipped_suites_load(name, fast, cpu):
+    suite = suites.load(name, fast, cpu)
+    if suite.kind == "models":
+        for model in suite.settings["models"]:
+            assert models.provider_of(model) in ("zoo", "timm")
+    else:
+        for op in suite.settings["ops"]:
+            for shape in suite.settings["shapes"]:
+                assert OPS[op].bytes(shape, torch.bfloat16, True) > OPS[op].bytes(shape, torch.bfloat16, False) > 0
+
+
+def test_suites_of_an_installed_package(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "zoo"
+    (package / "suites").mkdir(parents=True)
+    (package / "suites" / "some.yaml").write_text("")
+    monkeypatch.setattr(suites, "package_root", lambda: package)
+    monkeypatch.chdir(tmp_path)
+    assert suites.list_suites() == ["some"]
+    assert suites.results_folder() == tmp_path
+
+
+@pytest.mark.parametrize("name", [name for name in suites.list_suites() if suites.load(name).kind == "ops"])
+def test_op_suites_run(name, tmp_path):
+    assert quick(name, "--out", str(tmp_path)) == 0
+    rows = rows_of(tmp_path / f"{name}.csv")
+    assert {"zoo", "plain"} <= {row["provider"] for row in rows}
+    assert {row["mode"] for row in rows} == {"forward", "forward+backward"}
+
+
+def test_model_suite_runs(write_suite, tmp_path):
+    suite = write_suite(models=["test_convnext"], batch=2, size=32)
+    assert quick(suite, "--out", str(tmp_path)) == 0
+    rows = rows_of(tmp_path / "toy.csv")
+    assert [(row["mode"], row["provider"], row["unit"]) for row in rows] == [
+        ("inference", "timm", "img/s"),
+        ("train", "timm", "img/s"),
+    ]
+    assert all(float(row["p50"]) > 0 for row in rows)
+
+
+def test_unknown_model_fails(write_suite, capsys):
+    assert quick(write_suite(models=["no_such_model"], batch=1, size=32)) == 1
+    assert "no_such_model" in capsys.readouterr().err
+
+
+def test_profile_groups_kernels(write_suite, capsys):
+    suite = write_suite(models=["test_convnext"], batch=1, size=32, modes=["train"])
+    assert quick(suite, "--profile") == 0
+    out = capsys.readouterr().out
+    assert "conv" in out
+    assert "share" in out
+    assert "batch=1" in out
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "gemm"),
+        ("nvjet_tst_192x192_64x4_1x2_h_bz_coopA_TNT", "gemm"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "gemm"),
+        ("aten::addmm", "gemm"),
+        ("void flash_fwd_kernel<Flash_fwd_kernel_traits<32>>", "attention"),
+        ("_bilevel_forward_kernel", "attention"),
+        ("void conv_depthwise2d_forward_kernel_generic", "conv"),
+        ("sm80_xmma_fprop_implicit_gemm_bf16bf16", "conv"),
+        ("void at::native::vectorized_layer_norm_kernel<c10::BFloat16>", "norm"),
+        ("void cudnn::batchnorm_fwtr_nhwc_semiPersist", "norm"),
+        ("triton_poi_fused_add_gelu_3", "elementwise"),
+        ("void at::native::elementwise_kernel<128, 4>", "elementwise"),
+        ("Memcpy DtoD (Device -> Device)", "elementwise"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("something_else", "other"),
+    ],
+)
+def test_kernel_group(kernel, group):
+    assert models.kernel_group(kernel) == group
+
+
+def test_plot(toy, tmp_path):
+    pytest.importorskip("matplotlib")
+    quick(toy(lambda inputs: inputs["x"] ** 2), "--out", str(tmp_path))
+    assert main(["--plot", str(tmp_path / "toy.csv")]) == 0
+    assert (tmp_path / "toy.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plot_names_the_extra(tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["--plot", str(tmp_path / "toy.csv")]) == 2
+    assert "attention-zoo[demo]" in capsys.readouterr().err
+
+
+def test_plot_of_nothing(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    report.append(tmp_path / "empty.csv", [])
+    assert main(["--plot", str(tmp_path / "empty.csv")]) == 2
+    assert "no results" in capsys.readouterr().err
+
+
+def test_rows_of_another_version_are_not_mixed(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("other,columns\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        report.append(path, [report.make_row(CPU)])
+
+
+def test_percentiles_and_rates():
+    timing_ = timing.percentiles([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert timing_ == pytest.approx((1.8, 3.0, 4.2))
+    assert timing_.rate(6.3) == pytest.approx((1.5, 2.1, 3.5))
+
+
+def test_speedup_compares_like_with_like():
+    rows = [
+        {"provider": "zoo", "metric": "gpu_time", "p50": 1.0, "eager_p50": 3.0},
+        {"provider": "plain", "metric": "wall_time", "p50": 6.0, "eager_p50": 6.0},
+    ]
+    runner.add_speedups(rows, "plain")
+    assert [row["speedup"] for row in rows] == [2.0, 1.0]
+
+
+STAGE1 = {"batch": 64, "height": 56, "width": 56, "channels": 64, "heads": 2, "regions": 7, "topk": 1}
+SMALL = {"batch": 2, "height": 12, "width": 8, "channels": 16, "heads": 2, "regions": 4, "topk": 3}
+
+
+def test_floor_of_bilevel_attention():
+    op, tokens = OPS["bilevel_attention"], 64 * 56 * 56
+    assert op.bytes(STAGE1, torch.bfloat16, False) == 4 * tokens * 64 * 2 + 4 * 64 * 49
+    assert op.flops(STAGE1, False) == 4 * tokens * 64 * 64
+
+
+@pytest.mark.parametrize("name", ["bilevel_attention", "bilevel_routing"])
+def test_inputs_are_views_of_a_packed_projection(name):
+    inputs = OPS[name].make_inputs(SMALL, torch.bfloat16, CPU)
+    for key in "qkv":
+        assert inputs[key].stride(2) == 3 * 16
+        assert inputs[key].is_leaf
+        assert inputs[key].requires_grad
+    assert inputs["region"] == (3, 2)
+
+
+def test_peers_compute_the_same_function():
+    inputs = OPS["bilevel_routing"].make_inputs(SMALL, torch.float64, CPU)
+    torch.testing.assert_close(plain_attention(inputs), sdpa_attention(inputs))
+
+
+def test_block_mask_is_the_region_graph():
+    op = OPS["bilevel_attention"]
+    shape = {"batch": 2, "height": 24, "width": 24, "channels": 16, "heads": 2, "regions": 3, "topk": 2}
+    inputs = op.make_inputs(shape, torch.float32, CPU)
+    tokens, length = 64, 576
+    mask = routed_block_mask(inputs["index"], tokens)
+    position = torch.arange(length)
+    dense = torch.stack([mask.mask_mod(b, 0, position[:, None], position[None]) for b in range(2)])
+    expected = torch.zeros(2, 9, 9, dtype=torch.bool).scatter_(2, inputs["index"].long(), True)
+    expected = expected.repeat_interleave(tokens, 1).repeat_interleave(tokens, 2)
+    assert torch.equal(dense, expected)
+    # A block is listed exactly where it holds a permitted pair.
+    padded = torch.zeros(2, 640, 640, dtype=torch.bool)
+    padded[:, :length, :length] = expected
+    blocks = padded.reshape(2, 5, 128, 5, 128).any(4).any(2)
+    assert torch.equal(mask.to_dense()[:, 0].bool(), blocks)
+
+
+def test_routing_is_judged(monkeypatch):
+    op = OPS["bilevel_routing"]
+    inputs = op.make_inputs(SMALL, torch.float32, CPU)
+    good = op.gate_inputs(inputs)
+    assert op.invariants(good) is None
+    worst = dict(good, index=15 - good["index"])
+    assert op.invariants(worst) is not None
+    assert "twice" in op.invariants(dict(good, index=good["index"] * 0))
+    monkeypatch.setattr(op, "gate_inputs", lambda inputs: worst)
+    assert "zoo" in gate.check(op, SMALL, torch.float32, CPU, ["zoo", "plain"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_columns(toy, tmp_path):
+    assert main([toy(lambda inputs: inputs["x"] ** 2), "--quick", "--out", str(tmp_path)]) == 0
+    for row in rows_of(tmp_path / "toy.csv"):
+        assert row["metric"] == "gpu_time"
+        assert float(row["memory_mib"]) > 0
+        assert float(row["roofline_percent"]) >= 0

@@ -1,0 +1,372 @@
+"""The command line of ``zoo bench`` and the loops over suites."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.bench import gate, models, report, suites, timing
+from zoo.bench.ops import OPS, Inputs, Op, Provider, input_bytes
+
+BASELINE_MODES = {"forward": False, "forward+backward": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    device: torch.device
+    out: Path | None
+    filters: tuple[re.Pattern[str], ...]
+    dtypes: tuple[str, ...] | None
+    quick: bool
+    profile: bool
+
+    def wants(self, *parts: str) -> bool:
+        """Whether every filter matches the description of a measurement."""
+        label = " ".join(parts)
+        return all(pattern.search(label) for pattern in self.filters)
+
+    @property
+    def samples(self) -> int:
+        """Samples per measurement."""
+        if self.quick:
+            return 1
+        return 20 if self.device.type == "cuda" else 5
+
+
+class Outcome:
+    """Rows of one suite and the number of failures."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.failures = 0
+
+    def fail(self, message: str) -> None:
+        """Report a failure that the exit status reflects."""
+        self.failures += 1
+        note(message)
+
+
+def note(message: str) -> None:
+    """Progress and problems go to stderr, results to stdout."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def summary(error: Exception) -> str:
+    """An exception on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``zoo bench``; see `zoo.bench.main`."""
+    args = make_parser().parse_args(argv)
+    if args.list:
+        print("\n".join(suites.list_suites()))
+        return 0
+    try:
+        if args.plot:
+            target = args.out / f"{args.plot.stem}.png" if args.out else None
+            if args.out:
+                args.out.mkdir(parents=True, exist_ok=True)
+            print(report.plot(args.plot, target))
+            return 0
+        options = make_options(args)
+        chosen = [
+            suites.load(name, args.quick, options.device.type == "cpu") for name in args.suite or suites.list_suites()
+        ]
+    except (OSError, ValueError, ImportError) as error:
+        note(f"zoo bench: {error}")
+        return 2
+    return run(chosen, options)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Arguments of the command."""
+    parser = argparse.ArgumentParser(
+        prog="zoo bench", description="Time ops and models against their peers in one run."
+    )
+    add = parser.add_argument
+    add("suite", nargs="*", metavar="SUITE", help="shipped suite or YAML file; all shipped suites by default")
+    add("--list", action="store_true", help="list the shipped suites and leave")
+    add(
+        "--out", type=Path, help="folder for CSV files and plots (default: benchmarks/results of a checkout, else here)"
+    )
+    add("--filter", action="append", default=[], metavar="REGEX",
+        help="only what matches 'suite name config dtype mode provider'; repeat to narrow")  # fmt: skip
+    add("--dtype", action="append", choices=list(suites.DTYPES), help="instead of the suite's dtypes; may be repeated")
+    add("--device", help="cuda, cuda:1 or cpu (default: the GPU if there is one)")
+    add("--quick", action="store_true", help="tiny shapes and one sample, to see that all runs; kept only with --out")
+    add("--profile", action="store_true", help="print the top kernels of the model suites instead of timing them")
+    add("--plot", type=Path, metavar="CSV", help="draw a results file as PNG and leave")
+    return parser
+
+
+def make_options(args: argparse.Namespace) -> Options:
+    """Check the arguments against this machine."""
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device must be cuda, cuda:N or cpu, got {name}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU here")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    try:
+        filters = tuple(re.compile(text) for text in args.filter)
+    except re.error as error:
+        raise ValueError(f"--filter is no regular expression: {error}") from error
+    dtypes = tuple(args.dtype) if args.dtype else None
+    return Options(device, args.out, filters, dtypes, args.quick, args.profile)
+
+
+def run(chosen: Sequence[suites.Suite], options: Options) -> int:
+    """Run suites one after the other; results are saved after each."""
+    failures, measured = 0, 0
+    for suite in chosen:
+        if options.profile and suite.kind == "ops":
+            note(f"{suite.name}: --profile is for model suites, skipped")
+            continue
+        outcome = Outcome()
+        if suite.kind == "ops":
+            run_ops(suite, options, outcome)
+        else:
+            run_models(suite, options, outcome)
+        failures += outcome.failures
+        measured += len(outcome.rows)
+        if outcome.rows:
+            report.show(suite.name, outcome.rows)
+            if options.out or not options.quick:
+                path = (options.out or suites.results_folder()) / f"{suite.name}.csv"
+                report.append(path, outcome.rows)
+                note(f"{len(outcome.rows)} rows appended to {path}")
+    if not measured and not failures and not options.profile:
+        note("zoo bench: the filters leave nothing to run")
+        return 2
+    return 1 if failures else 0
+
+
+def run_ops(suite: suites.Suite, options: Options, outcome: Outcome) -> None:
+    """Gate and time every op, shape and dtype of a suite."""
+    settings = suite.settings
+    for name in settings["ops"]:
+        op = OPS[name]
+        for shape in settings["shapes"]:
+            shape = {**shape, **({"batch": settings["batch"]} if "batch" in settings else {})}
+            for dtype in options.dtypes or settings.get("dtypes", ["float32"]):
+                run_case(suite, name, op, shape, dtype, options, outcome)
+
+
+def describe(shape: Mapping[str, Any]) -> str:
+    """A shape as one string; its name comes first."""
+    rest = (f"{key}={value}" for key, value in shape.items() if key != "name")
+    return " ".join([str(shape.get("name", "")), *rest]).strip()
+
+
+def run_case(
+    suite: suites.Suite, name: str, op: Op, shape: Mapping[str, Any], dtype: str, options: Options, outcome: Outcome
+) -> None:
+    """One op at one shape and dtype: the gate, then all modes and providers."""
+    device, config = options.device, describe(shape)
+    allowed = suite.settings.get("providers")
+    providers = {k: v for k, v in op.providers(device).items() if allowed is None or k in allowed}
+    modes = suite.settings.get("modes", suites.OP_MODES)
+    wanted = [
+        (mode, provider)
+        for mode in modes
+        for provider in providers
+        if options.wants(suite.name, name, config, dtype, mode, provider)
+    ]
+    if not wanted:
+        return
+    # Compiled peers specialise on the shape; stale entries would count against the recompilation limit.
+    torch.compiler.reset()
+    label = f"{name} [{config}] {dtype}"
+    try:
+        refused = gate.check(op, shape, suites.DTYPES[dtype], device, list(providers))
+    except Exception as error:  # a crash costs this case, never the rest of the run
+        outcome.fail(f"{label}: refused, the correctness check did not run: {summary(error)}")
+        return
+    mine = [provider for provider in refused if provider in op.ours]
+    if mine:
+        reasons = "; ".join(f"{provider}: {refused[provider]}" for provider in mine)
+        outcome.fail(f"{label}: refused, no time reported: {reasons}")
+        return
+    for provider, reason in refused.items():
+        note(f"{label}: peer {provider} left out: {reason}")
+    for mode in modes:
+        rows = []
+        for provider, function in providers.items():
+            if (mode, provider) not in wanted or provider in refused:
+                continue
+            try:
+                values = measure_op(op, function, shape, suites.DTYPES[dtype], BASELINE_MODES[mode], options)
+            except Exception as error:  # out of memory or resources, a compiler's failure: this provider only
+                message = f"{label} {mode} {provider}: {summary(error)}"
+                outcome.fail(message) if provider in op.ours else note(message)
+                continue
+            rows.append(
+                report.make_row(
+                    device,
+                    suite=suite.name,
+                    name=name,
+                    provider=provider,
+                    config=config,
+                    dtype=dtype,
+                    mode=mode,
+                    **values,
+                )
+            )
+        add_speedups(rows, op.baseline)
+        outcome.rows += rows
+
+
+def make_call(op: Op, function: Provider, inputs: Inputs, backward: bool, grad: torch.Tensor | None = None):
+    """Bind inputs to a provider: forward without autograd, or forward and all gradients."""
+    if not backward:
+
+        def forward():
+            with torch.no_grad():
+                return function(inputs)
+
+        return forward
+    leaves = [inputs[name] for name in op.leaves if name in inputs]
+
+    def both():
+        nonlocal grad
+        out = function(inputs)
+        if grad is None:
+            grad = torch.randn_like(out)
+        return torch.autograd.grad(out, leaves, grad)
+
+    return both
+
+
+def measure_op(
+    op: Op, function: Provider, shape: Mapping[str, Any], dtype: torch.dtype, backward: bool, options: Options
+) -> dict[str, Any]:
+    """Memory, GPU time under graph replay and eager wall time of one provider, as columns of a row."""
+    device = options.device
+
+    def build(seed: int = 0):
+        return make_call(op, function, op.make_inputs(shape, dtype, device, seed), backward)
+
+    memory = timing.peak_memory(build, device)
+    sets = timing.input_sets(input_bytes(op.make_inputs(shape, dtype, device)), device)
+    calls = [build(seed) for seed in range(sets)]
+    eager = timing.wall_time(calls, device, options.samples).scaled(1e3)
+    best, metric = eager, "wall_time"
+    if device.type == "cuda":
+        try:
+            best, metric = timing.graph_time(calls, options.samples).scaled(1e3), "gpu_time"
+        except RuntimeError as error:
+            note(f"no CUDA graph, wall time reported: {summary(error)}")
+    percent = None
+    bandwidth = timing.copy_bandwidth(device)
+    if metric == "gpu_time" and bandwidth:
+        floor = op.bytes(shape, dtype, backward) / bandwidth
+        flops = op.flops(shape, backward)
+        if flops:
+            floor = max(floor, flops / timing.matmul_rate(dtype, device))
+        percent = 100 * floor / (best.p50 / 1e3)
+    return {
+        "metric": metric,
+        "unit": "ms",
+        **best._asdict(),
+        **{f"eager_{key}": value for key, value in eager._asdict().items()},
+        "memory_mib": memory,
+        "roofline_percent": percent,
+    }
+
+
+def add_speedups(rows: list[dict[str, Any]], baseline: str) -> None:
+    """Speed-up against the plain formulation of the same run, graph against graph or wall against wall."""
+    plain = next((row for row in rows if row["provider"] == baseline), None)
+    for row in rows if plain else ():
+        column = "p50" if row["metric"] == plain["metric"] else "eager_p50"
+        row["speedup"] = float(f"{plain[column] / row[column]:.4g}")
+
+
+def jobs(suite: suites.Suite, options: Options) -> Iterator[tuple[models.Job, str, str]]:
+    """The measurements of a model suite with provider and dtype name, after the filters."""
+    settings = suite.settings
+    for model in settings["models"]:
+        provider = models.provider_of(model)
+        for dtype in options.dtypes or settings.get("dtypes", ["float32"]):
+            for mode in settings.get("modes", suites.MODEL_MODES):
+                for compiled in settings.get("compile", ["none"]):
+                    job = models.Job(
+                        model,
+                        settings["batch"],
+                        settings["size"],
+                        suites.DTYPES[dtype],
+                        mode,
+                        compiled,
+                        settings.get("channels_last", True),
+                        options.device,
+                    )
+                    if options.wants(suite.name, model, job.config, dtype, mode, provider):
+                        yield job, provider, dtype
+
+
+def run_models(suite: suites.Suite, options: Options, outcome: Outcome) -> None:
+    """Time or profile every model of a suite."""
+    try:
+        todo = list(jobs(suite, options))
+    except ValueError as error:
+        outcome.fail(f"{suite.name}: {error}")
+        return
+    for job, provider, dtype in todo:
+        label = f"{job.model} [{job.config}] {dtype} {job.mode}"
+        note(label)
+        torch.compiler.reset()
+        try:
+            if options.profile:
+                report.show_profile(label, models.profile(job))
+                continue
+            values = measure_model(job, options)
+        except Exception as error:  # out of memory, a compiler's failure: this job only
+            outcome.fail(f"{label}: {summary(error)}")
+            continue
+        outcome.rows.append(
+            report.make_row(
+                options.device,
+                suite=suite.name,
+                name=job.model,
+                provider=provider,
+                config=job.config,
+                dtype=dtype,
+                mode=job.mode,
+                **values,
+            )  # fmt: skip
+        )
+
+
+def measure_model(job: models.Job, options: Options) -> dict[str, Any]:
+    """Throughput and peak memory of one job, as columns of a row.
+
+    Raises:
+        RuntimeError: The model gives non-finite values.
+    """
+    # The pool of a CUDA graph is reserved, not allocated, memory.
+    memory = timing.SteadyMemory(job.device, reserved=job.compile not in ("none", "default"))
+    step = models.build(job)
+    result = step()
+    if not bool(torch.isfinite(result).all()):
+        raise RuntimeError("refused, no time reported: the result is not finite")
+    del result
+    on_gpu = job.device.type == "cuda"
+    for _ in range(5 if on_gpu else 0):
+        step()
+    peak = memory.measure(step)
+    samples = options.samples // 2 if options.samples > 1 else 1
+    time = timing.wall_time([step], job.device, samples, min_seconds=0.2 if on_gpu else 1e-3)
+    return {"metric": "throughput", "unit": "img/s", **time.rate(job.batch)._asdict(), "memory_mib": peak}

@@ -1,0 +1,171 @@
+"""`zoo predict`: classify images with a pretrained model."""
+
+import argparse
+import glob
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders or wildcards")
+    parser.add_argument("--model", required=True, help="arch.tag, hf-hub:org/name or local-dir:FOLDER")
+    parser.add_argument("--topk", type=_positive, default=5, help="classes to show (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print JSON, one image a line")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where present)")
+    parser.add_argument("--batch-size", type=_positive, default=32, help="images a step (default: 32)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import track
+
+    paths, failures = find_images(args.images)
+    # Without an image the model need not be fetched.
+    classifier = Classifier(args.model, args.device) if paths else None
+    console = Console()
+    results = []
+    batches = [paths[i : i + args.batch_size] for i in range(0, len(paths), args.batch_size)]
+    progress = Console(stderr=True)
+    quiet = len(batches) < 2 or not progress.is_terminal
+    for batch in track(batches, "Predicting", console=progress, disable=quiet, transient=True):
+        images, good = [], []
+        for path in batch:
+            try:
+                images.append(classifier.load(path))
+                good.append(path)
+            except (OSError, ValueError, SyntaxError) as error:
+                failures.append(f"'{path}' cannot be read as an image: {' '.join(str(error).split())}")
+        if images:
+            results += zip(good, classifier.predict(images, args.topk), strict=True)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if args.json:
+        for path, predictions in results:
+            print(json.dumps({"image": str(path), "model": args.model, "predictions": predictions}))
+    elif results:
+        console.print(_table(results))
+    return 1 if failures else 0
+
+
+def find_images(patterns: list[str]) -> tuple[list[Path], list[str]]:
+    """Expand files, folders and wildcards; return the paths and a message for each argument that names nothing."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    paths: list[Path] = []
+    failures = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_file():
+            found = [path]
+        elif path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in known)
+        else:
+            found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+        if not found:
+            failures.append(f"'{pattern}' holds no image." if path.is_dir() else f"'{pattern}' does not exist.")
+        paths += found
+    return list(dict.fromkeys(paths)), failures
+
+
+class Classifier:
+    """A pretrained model with its own preprocessing and class names.
+
+    Args:
+        name: What `zoo.create_model` takes.
+        device: Torch device; None means CUDA where present.
+    """
+
+    def __init__(self, name: str, device: str | None = None) -> None:
+        import timm
+        import torch
+
+        import zoo
+
+        self.device = _device(device)
+        self.model = zoo.create_model(name, pretrained=True).to(self.device).eval()
+        self.config = timm.data.resolve_model_data_config(self.model)
+        self.transform = timm.data.create_transform(**self.config)
+        self.mode = "L" if self.config["input_size"][0] == 1 else "RGB"
+        self.labels = class_names(self.model)
+        self._torch = torch
+
+    def load(self, source):
+        """Read an image file, or take a PIL image, and return it ready for the model, [C, H, W]."""
+        from PIL import Image, ImageOps
+
+        if isinstance(source, Image.Image):
+            return self.transform(source.convert(self.mode))
+        try:
+            with Image.open(source) as image:
+                # Cameras store the orientation beside the pixels.
+                return self.transform(ImageOps.exif_transpose(image).convert(self.mode))
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from error
+
+    def predict(self, images: list, topk: int = 5) -> Iterator[list[dict]]:
+        """Yield the best classes of each image, best first."""
+        torch = self._torch
+        with torch.inference_mode():
+            # [B, classes]
+            probabilities = self.model(torch.stack(images).to(self.device)).float().softmax(-1)
+        top = probabilities.topk(min(topk, probabilities.shape[-1]))
+        for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            yield [
+                {"index": index, "label": self.labels[index], "probability": round(value, 6)}
+                for index, value in zip(indices, values, strict=True)
+            ]
+
+
+def class_names(model) -> list[str]:
+    """Return a readable name for each class of a model: its own, ImageNet's, or the index."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    cfg = model.pretrained_cfg
+    names = cfg.get("label_names")
+    if names and len(names) == model.num_classes:
+        names = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else list(names)
+        descriptions = cfg.get("label_descriptions") or {}
+        return [str(descriptions.get(name, name)) for name in names]
+    subset = infer_imagenet_subset(model)
+    if subset:
+        return ImageNetInfo(subset).label_descriptions()
+    return [str(index) for index in range(model.num_classes)]
+
+
+def _table(results: list):
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("image", "class")
+    table.add_column("probability", justify="right")
+    for path, predictions in results:
+        for rank, item in enumerate(predictions):
+            # Text objects, because brackets in a file name are markup to rich.
+            first = Text(str(path) if rank == 0 else "")
+            table.add_row(first, Text(item["label"]), f"{item['probability']:.1%}")
+        table.add_section()
+    return table
+
+
+def _device(name: str | None):
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Device '{name}' is not available: {reason}") from error
+    return device
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

@@ -1,0 +1,6 @@
+"""Attention ops: one folder each, with a plain reference, Triton kernels and the registered op."""
+
+from zoo.kernels.bilevel_routing import Routing, bilevel_attention, bilevel_routing, route_regions
+from zoo.kernels.depthwise_conv import depthwise_conv2d
+
+__all__ = ["Routing", "bilevel_attention", "bilevel_routing", "depthwise_conv2d", "route_regions"]

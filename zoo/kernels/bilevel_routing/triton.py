@@ -1,0 +1,782 @@
+"""Triton kernels of bi-level routing attention, then their launchers.
+
+Maps are [B, H, W, C] with unit channel stride and are read in place, also as views of a packed qkv map.
+Region arithmetic divides by run-time region sizes through float32, exact for every index below 2**22 and
+without a recompilation for each map size. Images are addressed in int64, tokens within an image in int32.
+
+Two designs share the helpers. A *tile* kernel holds all keys of a query tile at once (at most 256): addresses
+and masks are computed once and serve all heads, and the softmax needs no running maximum. A *walk* kernel
+takes any number of keys, a tile at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zoo.kernels.bilevel_routing.reference import region_grid
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _divide(x, n):
+    """floor(x / n) of small non-negative integers; the half keeps rounding away from the boundary."""
+    return ((x.to(tl.float32) + 0.5) / n.to(tl.float32)).to(tl.int32)
+
+
+@triton.jit
+def _locate(token, region, width, rh, rw):
+    """Row and column on a map of that width of token `token` of region `region`."""
+    grid_w = tl.cdiv(width, rw)
+    region_row = _divide(region, grid_w)
+    token_row = _divide(token, rw)
+    row = region_row * rh + token_row
+    col = (region - region_row * grid_w) * rw + token - token_row * rw
+    return row, col
+
+
+@triton.jit
+def _load_tokens(ptr, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """[N, BLOCK_D] channels of one head at the given offsets, zero outside."""
+    d = tl.arange(0, BLOCK_D)
+    at = ptr + offset[:, None] + d[None, :]
+    if D < BLOCK_D:
+        return tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    if MASKED:
+        return tl.load(at, mask=inside[:, None], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _store_tokens(ptr, value, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (d < D)[None, :] if D < BLOCK_D else inside[:, None]
+    tl.store(ptr + offset[:, None] + d[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _own_tile(pid, tokens, total, DENSE: tl.constexpr, BLOCK: tl.constexpr):
+    """Region and token of each member of a program's tile: of one region, or of all regions in order."""
+    if DENSE:
+        t = pid * BLOCK + tl.arange(0, BLOCK)
+        region = _divide(t, tokens)
+        return region, t - region * tokens, t < total
+    blocks = tl.cdiv(tokens, BLOCK)
+    t = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    return tl.zeros_like(t) + pid // blocks, t, t < tokens
+
+
+@triton.jit
+def _listed_tile(n, list_ptr, tokens, total):
+    """Region and token of members n of the tokens of a list of regions."""
+    slot = _divide(n, tokens)
+    valid = n < total
+    return tl.load(list_ptr + slot, mask=valid, other=0), n - slot * tokens, valid
+
+
+@triton.jit
+def _routed(index_ptr, region, valid, other, topk, BLOCK_K: tl.constexpr):
+    """[M, N] bool: whether query region m has routed to key region n (below 64), through a word of bits."""
+    slot = tl.arange(0, BLOCK_K)
+    at = index_ptr + region[:, None] * topk + slot[None, :]
+    chosen = tl.load(at, mask=valid[:, None] & (slot < topk)[None, :], other=-1).to(tl.int64)
+    one = tl.full(chosen.shape, 1, tl.int64)
+    bits = tl.sum(tl.where(chosen >= 0, one << chosen, 0), 1)
+    return ((bits[:, None] >> other.to(tl.int64)[None, :]) & 1) != 0
+
+
+_SIZES = ["H", "W", "KH", "KW", "RH", "RW", "KRH", "KRW", "topk", "regions", "kv_regions"]
+
+
+@triton.jit
+def _softmax_of_tile(q, k, v, keep, inside, qk_scale, DENSE: tl.constexpr, EVEN: tl.constexpr):
+    """Attention of a tile that sees all of its keys, and the log2 of its denominators."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    if not EVEN:
+        s = tl.where(keep, s, float("-inf"))
+    top = tl.max(s, 1)
+    if DENSE:
+        top = tl.where(inside, top, 0.0)  # rows past the last query have no key
+    p = tl.exp2(s * qk_scale - (top * qk_scale)[:, None])
+    norm = tl.sum(p, 1)
+    if DENSE:
+        norm = tl.where(inside, norm, 1.0)
+    out = tl.dot(p.to(v.dtype), v, input_precision="ieee") / norm[:, None]
+    return out, top * qk_scale + tl.log2(norm)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _forward_tile_kernel(
+    q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, lse_ptr,
+    q_stride_b, q_stride_h, q_stride_w, kv_stride_b, kv_stride_h, kv_stride_w, index_stride_b, index_stride_m,
+    H, W, KH, KW, RH, RW, KRH, KRW, topk, regions, kv_regions, scale,
+    HEADS: tl.constexpr, LOOP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DENSE: tl.constexpr, MASK_PADDING: tl.constexpr, EVEN: tl.constexpr, ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(scale * q k_sel^T) v_sel, and lse = log2 of the softmax denominator, at most 256 keys.
+
+    With DENSE = False a program computes one region: all its queries, LOOP heads, and as keys the tokens of
+    its `topk` routed regions. A region of one block of queries loops over heads (ONE_BLOCK); a larger one
+    keeps its keys and loops over blocks. With DENSE = True (regions of a few tokens) it computes BLOCK_M
+    consecutive queries of all regions and the keys are all tokens under a mask: gathering would fill a
+    quarter of each matrix tile and fetch every key `topk` times. EVEN promises full tiles and no padding.
+    Bytes: q, k, v read and out written once from HBM (4 N C b), keys and values again from L2 for each tile.
+    FLOPs: 4 N BLOCK_N C. Memory-bound at the published sizes; exponentials bound it from 256 keys on.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(0) % (HEADS // LOOP)
+    tile = tl.program_id(0) // (HEADS // LOOP)
+    kv_tokens = KRH * KRW
+    q_ptr += b * q_stride_b
+    k_ptr += b * kv_stride_b
+    v_ptr += b * kv_stride_b
+    out_ptr += b * H * W * (HEADS * D)
+    lse_ptr += b * HEADS * H * W
+    index_ptr += b * index_stride_b + group * index_stride_m
+
+    n = tl.arange(0, BLOCK_N)
+    if DENSE:
+        k_region = _divide(n, kv_tokens)
+        k_token = n - k_region * kv_tokens
+        keep = n < kv_regions * kv_tokens
+    else:
+        k_region, k_token, keep = _listed_tile(n, index_ptr + tile * topk, kv_tokens, topk * kv_tokens)
+    k_row, k_col = _locate(k_token, k_region, KW, KRH, KRW)
+    k_inside = keep & (k_row < KH) & (k_col < KW)
+    k_offset = k_row * kv_stride_h + k_col * kv_stride_w
+    if MASK_PADDING:
+        keep = k_inside
+    keep = keep[None, :]
+
+    if ONE_BLOCK:
+        q_region, q_token, q_valid = _own_tile(tile, RH * RW, regions * RH * RW, DENSE, BLOCK_M)
+        row, col = _locate(q_token, q_region, W, RH, RW)
+        q_inside = q_valid & (row < H) & (col < W)
+        q_offset = row * q_stride_h + col * q_stride_w
+        out_offset = (row * W + col) * (HEADS * D)
+        if DENSE:
+            keep = keep & _routed(index_ptr, q_region, q_valid, k_region, topk, BLOCK_K)
+        for i in tl.range(0, LOOP):
+            head = group * LOOP + i
+            q = _load_tokens(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
+            k = _load_tokens(k_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+            v = _load_tokens(v_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+            out, lse = _softmax_of_tile(q, k, v, keep, q_inside, scale * LOG2E, DENSE, EVEN)
+            _store_tokens(out_ptr + head * D, out, out_offset, q_inside, D, BLOCK_D)
+            tl.store(lse_ptr + head * H * W + row * W + col, lse, mask=q_inside)
+    else:
+        k = _load_tokens(k_ptr + group * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        v = _load_tokens(v_ptr + group * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        for start in tl.range(0, RH * RW, BLOCK_M):
+            t = start + tl.arange(0, BLOCK_M)
+            row, col = _locate(t, tile, W, RH, RW)
+            q_inside = (t < RH * RW) & (row < H) & (col < W)
+            q_offset = row * q_stride_h + col * q_stride_w
+            q = _load_tokens(q_ptr + group * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
+            out, lse = _softmax_of_tile(q, k, v, keep, q_inside, scale * LOG2E, DENSE, EVEN)
+            _store_tokens(out_ptr + group * D, out, (row * W + col) * (HEADS * D), q_inside, D, BLOCK_D)
+            tl.store(lse_ptr + group * H * W + row * W + col, lse, mask=q_inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _forward_walk_kernel(
+    q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, lse_ptr,
+    q_stride_b, q_stride_h, q_stride_w, kv_stride_b, kv_stride_h, kv_stride_w, index_stride_b, index_stride_m,
+    H, W, KH, KW, RH, RW, KRH, KRW, topk, regions, kv_regions, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_PADDING: tl.constexpr,
+):  # fmt: skip
+    """The same for any number of keys: BLOCK_M queries of one region and head, BLOCK_N keys at a time."""
+    b = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    tile = tl.program_id(0) // HEADS
+    kv_tokens = KRH * KRW
+    total = topk * kv_tokens
+    q_ptr += b * q_stride_b + head * D
+    k_ptr += b * kv_stride_b + head * D
+    v_ptr += b * kv_stride_b + head * D
+    index_ptr += b * index_stride_b + head * index_stride_m + (tile // tl.cdiv(RH * RW, BLOCK_M)) * topk
+
+    q_region, q_token, q_valid = _own_tile(tile, RH * RW, 0, False, BLOCK_M)
+    row, col = _locate(q_token, q_region, W, RH, RW)
+    q_inside = q_valid & (row < H) & (col < W)
+    q = _load_tokens(q_ptr, row * q_stride_h + col * q_stride_w, q_inside, D, BLOCK_D, True)
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    norm = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, total, BLOCK_N):
+        k_region, k_token, keep = _listed_tile(start + tl.arange(0, BLOCK_N), index_ptr, kv_tokens, total)
+        k_row, k_col = _locate(k_token, k_region, KW, KRH, KRW)
+        k_inside = keep & (k_row < KH) & (k_col < KW)
+        k_offset = k_row * kv_stride_h + k_col * kv_stride_w
+        k = _load_tokens(k_ptr, k_offset, k_inside, D, BLOCK_D, True)
+        v = _load_tokens(v_ptr, k_offset, k_inside, D, BLOCK_D, True)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)  # [BLOCK_M, BLOCK_N]
+        if MASK_PADDING:
+            keep = k_inside
+        s = tl.where(keep[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        # A row can have met no key yet; subtracting -inf from -inf would give NaN.
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(s - shift[:, None])
+        rescale = tl.exp2(top - shift)
+        norm = norm * rescale + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        top = new_top
+
+    out_offset = (row * W + col) * (HEADS * D)
+    _store_tokens(out_ptr + b * H * W * (HEADS * D) + head * D, acc / norm[:, None], out_offset, q_inside, D, BLOCK_D)
+    tl.store(lse_ptr + ((b * HEADS + head) * H + row) * W + col, top + tl.log2(norm), mask=q_inside)
+
+
+@triton.jit
+def _softmax_gradient(a, b, da, db, lse, delta, keep, qk_scale):
+    """p = exp2(a b^T - lse) and ds = p (da db^T - delta) of a tile, zero where not kept.
+
+    With a, b, da, db = q, k, do, v the tile is [M, N], with k, q, v, do its transpose.
+    """
+    s = tl.dot(a, tl.trans(b), input_precision="ieee")
+    p = tl.where(keep, tl.exp2(s * qk_scale - lse), 0.0)
+    dp = tl.dot(da, tl.trans(db), input_precision="ieee")
+    return p, p * (dp - delta)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _dq_tile_kernel(
+    q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, lse_ptr, grad_ptr, delta_ptr, dq_ptr,
+    q_stride_b, q_stride_h, q_stride_w, kv_stride_b, kv_stride_h, kv_stride_w, index_stride_b, index_stride_m,
+    H, W, KH, KW, RH, RW, KRH, KRW, topk, regions, kv_regions, scale,
+    HEADS: tl.constexpr, LOOP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DENSE: tl.constexpr, MASK_PADDING: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """dq = scale * ds k_sel with ds = p (do v_sel^T - delta), delta = rowsum(do out), p = exp2(s - lse).
+
+    The tiles of `_forward_tile_kernel`; also writes delta for the key and value gradients.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(0) % (HEADS // LOOP)
+    kv_tokens = KRH * KRW
+    q_ptr += b * q_stride_b
+    k_ptr += b * kv_stride_b
+    v_ptr += b * kv_stride_b
+    out_base = b * H * W * (HEADS * D)
+    index_ptr += b * index_stride_b + group * index_stride_m
+
+    q_region, q_token, q_valid = _own_tile(
+        tl.program_id(0) // (HEADS // LOOP), RH * RW, regions * RH * RW, DENSE, BLOCK_M
+    )  # fmt: skip
+    row, col = _locate(q_token, q_region, W, RH, RW)
+    q_inside = q_valid & (row < H) & (col < W)
+    q_offset = row * q_stride_h + col * q_stride_w
+    out_offset = (row * W + col) * (HEADS * D)
+    n = tl.arange(0, BLOCK_N)
+    if DENSE:
+        k_region = _divide(n, kv_tokens)
+        k_token = n - k_region * kv_tokens
+        keep = n < kv_regions * kv_tokens
+    else:
+        region = (tl.program_id(0) // (HEADS // LOOP)) // tl.cdiv(RH * RW, BLOCK_M)
+        k_region, k_token, keep = _listed_tile(n, index_ptr + region * topk, kv_tokens, topk * kv_tokens)
+    k_row, k_col = _locate(k_token, k_region, KW, KRH, KRW)
+    k_inside = keep & (k_row < KH) & (k_col < KW)
+    k_offset = k_row * kv_stride_h + k_col * kv_stride_w
+    if MASK_PADDING:
+        keep = k_inside
+    keep_pair = keep[None, :] & q_inside[:, None]
+    if DENSE:
+        keep_pair = keep_pair & _routed(index_ptr, q_region, q_valid, k_region, topk, BLOCK_K)
+
+    for i in tl.range(0, LOOP):
+        head = group * LOOP + i
+        q = _load_tokens(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
+        k = _load_tokens(k_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        v = _load_tokens(v_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        grad = _load_tokens(grad_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, not EVEN)
+        out = _load_tokens(out_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, not EVEN)
+        delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+        stat = (b * HEADS + head) * H * W + row * W + col
+        tl.store(delta_ptr + stat, delta, mask=q_inside)
+        lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
+        _, ds = _softmax_gradient(q, k, grad, v, lse[:, None], delta[:, None], keep_pair, scale * LOG2E)
+        dq = tl.dot(ds.to(k.dtype), k, input_precision="ieee") * scale
+        _store_tokens(dq_ptr + out_base + head * D, dq, out_offset, q_inside, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _dq_walk_kernel(
+    q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, lse_ptr, grad_ptr, delta_ptr, dq_ptr,
+    q_stride_b, q_stride_h, q_stride_w, kv_stride_b, kv_stride_h, kv_stride_w, index_stride_b, index_stride_m,
+    H, W, KH, KW, RH, RW, KRH, KRW, topk, regions, kv_regions, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_PADDING: tl.constexpr,
+):  # fmt: skip
+    """dq and delta for any number of keys, with the tiles of `_forward_walk_kernel`."""
+    b = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    tile = tl.program_id(0) // HEADS
+    kv_tokens = KRH * KRW
+    total = topk * kv_tokens
+    out_base = b * H * W * (HEADS * D) + head * D
+    k_ptr += b * kv_stride_b + head * D
+    v_ptr += b * kv_stride_b + head * D
+    index_ptr += b * index_stride_b + head * index_stride_m + (tile // tl.cdiv(RH * RW, BLOCK_M)) * topk
+
+    q_region, q_token, q_valid = _own_tile(tile, RH * RW, 0, False, BLOCK_M)
+    row, col = _locate(q_token, q_region, W, RH, RW)
+    q_inside = q_valid & (row < H) & (col < W)
+    q_offset = row * q_stride_h + col * q_stride_w
+    q = _load_tokens(q_ptr + b * q_stride_b + head * D, q_offset, q_inside, D, BLOCK_D, True)
+    out_offset = (row * W + col) * (HEADS * D)
+    grad = _load_tokens(grad_ptr + out_base, out_offset, q_inside, D, BLOCK_D, True)
+    out = _load_tokens(out_ptr + out_base, out_offset, q_inside, D, BLOCK_D, True)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    stat = ((b * HEADS + head) * H + row) * W + col
+    tl.store(delta_ptr + stat, delta, mask=q_inside)
+    lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, total, BLOCK_N):
+        k_region, k_token, keep = _listed_tile(start + tl.arange(0, BLOCK_N), index_ptr, kv_tokens, total)
+        k_row, k_col = _locate(k_token, k_region, KW, KRH, KRW)
+        k_inside = keep & (k_row < KH) & (k_col < KW)
+        k_offset = k_row * kv_stride_h + k_col * kv_stride_w
+        k = _load_tokens(k_ptr, k_offset, k_inside, D, BLOCK_D, True)
+        v = _load_tokens(v_ptr, k_offset, k_inside, D, BLOCK_D, True)
+        if MASK_PADDING:
+            keep = k_inside
+        keep_pair = keep[None, :] & q_inside[:, None]
+        _, ds = _softmax_gradient(q, k, grad, v, lse[:, None], delta[:, None], keep_pair, scale * LOG2E)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+    _store_tokens(dq_ptr + out_base, acc * scale, out_offset, q_inside, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _dkv_tile_kernel(
+    q_ptr, k_ptr, v_ptr, index_ptr, lse_ptr, grad_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_stride_b, q_stride_h, q_stride_w, kv_stride_b, kv_stride_h, kv_stride_w, index_stride_b, index_stride_m,
+    H, W, KH, KW, RH, RW, KRH, KRW, topk, regions, kv_regions, scale,
+    HEADS: tl.constexpr, LOOP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dv = p^T do and dk = scale * ds^T q of BLOCK_N consecutive keys and LOOP heads over all (<= 256) queries.
+
+    The counterpart of the tile kernels with DENSE = True.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(0) % (HEADS // LOOP)
+    q_ptr += b * q_stride_b
+    out_base = b * H * W * (HEADS * D)
+    kv_base = b * KH * KW * (HEADS * D)
+    index_ptr += b * index_stride_b + group * index_stride_m
+
+    k_region, k_token, k_valid = _own_tile(
+        tl.program_id(0) // (HEADS // LOOP), KRH * KRW, kv_regions * KRH * KRW, True, BLOCK_N
+    )  # fmt: skip
+    k_row, k_col = _locate(k_token, k_region, KW, KRH, KRW)
+    k_inside = k_valid & (k_row < KH) & (k_col < KW)
+    k_offset = k_row * kv_stride_h + k_col * kv_stride_w
+    dk_offset = (k_row * KW + k_col) * (HEADS * D)
+    m = tl.arange(0, BLOCK_M)
+    q_region = _divide(m, RH * RW)
+    q_valid = m < regions * RH * RW
+    row, col = _locate(m - q_region * (RH * RW), q_region, W, RH, RW)
+    q_inside = q_valid & (row < H) & (col < W)
+    q_offset = row * q_stride_h + col * q_stride_w
+    out_offset = (row * W + col) * (HEADS * D)
+    routed = _routed(index_ptr, q_region, q_valid, k_region, topk, BLOCK_K)
+    keep_pair = tl.trans(routed) & k_inside[:, None] & q_inside[None, :]  # [BLOCK_N, BLOCK_M]
+
+    for i in tl.range(0, LOOP):
+        head = group * LOOP + i
+        k = _load_tokens(k_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
+        v = _load_tokens(v_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
+        q = _load_tokens(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, True)
+        grad = _load_tokens(grad_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, True)
+        stat = (b * HEADS + head) * H * W + row * W + col
+        lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
+        delta = tl.load(delta_ptr + stat, mask=q_inside, other=0.0)
+        p, ds = _softmax_gradient(k, q, v, grad, lse[None, :], delta[None, :], keep_pair, scale * LOG2E)
+        dv = tl.dot(p.to(grad.dtype), grad, input_precision="ieee")
+        dk = tl.dot(ds.to(q.dtype), q, input_precision="ieee") * scale
+        _store_tokens(dk_ptr + kv_base + head * D, dk, dk_offset, k_inside, D, BLOCK_D)
+        _store_tokens(dv_ptr + kv_base + head * D, dv, dk_offset, k_inside, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _dkv_walk_kernel(
+    q_ptr, k_ptr, v_ptr, reader_ptr, reader_start_ptr, lse_ptr, grad_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_stride_b, q_stride_h, q_stride_w, kv_stride_b, kv_stride_h, kv_stride_w, index_stride_b, index_stride_m,
+    H, W, KH, KW, RH, RW, KRH, KRW, topk, regions, kv_regions, scale,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INDEX_HEADS: tl.constexpr,
+):  # fmt: skip
+    """dv = p^T do and dk = scale * ds^T q, summed over the queries that read a key.
+
+    One program owns BLOCK_N keys of one region and head and walks over the tokens of the query regions that
+    routed to it, listed by the transposed graph (CSR). The order is fixed and no atomics are used, so the
+    result is the same in every run.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    tile = tl.program_id(0) // HEADS
+    kv_region = tile // tl.cdiv(KRH * KRW, BLOCK_N)
+    tokens = RH * RW
+    out_base = b * H * W * (HEADS * D) + head * D
+    stat_base = (b * HEADS + head) * H * W
+    q_ptr += b * q_stride_b + head * D
+
+    k_region, k_token, k_valid = _own_tile(tile, KRH * KRW, 0, False, BLOCK_N)
+    k_row, k_col = _locate(k_token, k_region, KW, KRH, KRW)
+    k_inside = k_valid & (k_row < KH) & (k_col < KW)
+    k_offset = k_row * kv_stride_h + k_col * kv_stride_w
+    k = _load_tokens(k_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
+    v = _load_tokens(v_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
+    graph = b * INDEX_HEADS + (head if INDEX_HEADS > 1 else 0)
+    start_ptr = reader_start_ptr + graph * (kv_regions + 1) + kv_region
+    begin = tl.load(start_ptr)
+    total = (tl.load(start_ptr + 1) - begin) * tokens
+    reader_ptr += graph * regions * topk + begin
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(0, total, BLOCK_M):
+        q_region, q_token, q_valid = _listed_tile(start + tl.arange(0, BLOCK_M), reader_ptr, tokens, total)
+        row, col = _locate(q_token, q_region, W, RH, RW)
+        q_inside = q_valid & (row < H) & (col < W)
+        q = _load_tokens(q_ptr, row * q_stride_h + col * q_stride_w, q_inside, D, BLOCK_D, True)
+        grad = _load_tokens(grad_ptr + out_base, (row * W + col) * (HEADS * D), q_inside, D, BLOCK_D, True)
+        stat = stat_base + row * W + col
+        lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
+        delta = tl.load(delta_ptr + stat, mask=q_inside, other=0.0)
+        keep_pair = k_inside[:, None] & q_inside[None, :]
+        p, ds = _softmax_gradient(k, q, v, grad, lse[None, :], delta[None, :], keep_pair, scale * LOG2E)
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+
+    kv_base = b * KH * KW * (HEADS * D) + head * D
+    dk_offset = (k_row * KW + k_col) * (HEADS * D)
+    _store_tokens(dk_ptr + kv_base, dk * scale, dk_offset, k_inside, D, BLOCK_D)
+    _store_tokens(dv_ptr + kv_base, dv, dk_offset, k_inside, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["entries", "kv_regions", "topk"])
+def _transpose_graph_kernel(
+    index_ptr, reader_ptr, reader_start_ptr, entries, kv_regions, topk, BLOCK: tl.constexpr
+):  # fmt: skip
+    """CSR of the transposed routing graph: which query regions read region r, in ascending order.
+
+    One program handles one (graph, r): it counts the entries below r to find its place and writes its own.
+    """
+    r = tl.program_id(0)
+    graph = tl.program_id(1).to(tl.int64)
+    index_ptr += graph * entries
+    below = 0
+    for start in range(0, entries, BLOCK):
+        e = start + tl.arange(0, BLOCK)
+        value = tl.load(index_ptr + e, mask=e < entries, other=2147483647)
+        below += tl.sum((value < r).to(tl.int32))
+    place = below
+    for start in range(0, entries, BLOCK):
+        e = start + tl.arange(0, BLOCK)
+        hit = tl.load(index_ptr + e, mask=e < entries, other=2147483647) == r
+        position = place + tl.cumsum(hit.to(tl.int32), 0) - 1
+        tl.store(reader_ptr + graph * entries + position, _divide(e, topk), mask=hit)
+        place += tl.sum(hit.to(tl.int32))
+    start_ptr = reader_start_ptr + graph * (kv_regions + 1)
+    tl.store(start_ptr + r, below)
+    if r == kv_regions - 1:
+        tl.store(start_ptr + kv_regions, place)
+
+
+@triton.jit
+def _mean_of_region(ptr, stride_h, stride_w, region, H, W, RH, RW, c, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    grid_w = tl.cdiv(W, RW)
+    top = (region // grid_w) * RH
+    left = (region % grid_w) * RW
+    width = tl.minimum(RW, W - left)
+    tokens = tl.minimum(RH, H - top) * width
+    total = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(0, tokens, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        t_row = _divide(t, width)
+        offset = (top + t_row) * stride_h + (left + t - t_row * width) * stride_w
+        mask = (t < tokens)[:, None] & (c < C)[None, :]
+        x = tl.load(ptr + offset[:, None] + c[None, :], mask=mask, other=0.0)
+        total += tl.sum(x.to(tl.float32), 0)
+    return total / tokens.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["H", "W", "RH", "RW", "KH", "KW", "KRH", "KRW", "regions", "kv_regions"])
+def _region_mean_kernel(
+    q_ptr, k_ptr, q_mean_ptr, k_mean_ptr,
+    q_stride_b, q_stride_h, q_stride_w, k_stride_b, k_stride_h, k_stride_w,
+    H, W, RH, RW, KH, KW, KRH, KRW, regions, kv_regions,
+    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean query and mean key of one region over its tokens on the map, in float32."""
+    region = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b = tl.program_id(2).to(tl.int64)
+    if region < regions:
+        mean = _mean_of_region(
+            q_ptr + b * q_stride_b, q_stride_h, q_stride_w, region, H, W, RH, RW, c, C, BLOCK_T, BLOCK_C
+        )  # fmt: skip
+        tl.store(q_mean_ptr + (b * regions + region) * C + c, mean, mask=c < C)
+    if region < kv_regions:
+        mean = _mean_of_region(
+            k_ptr + b * k_stride_b, k_stride_h, k_stride_w, region, KH, KW, KRH, KRW, c, C, BLOCK_T, BLOCK_C
+        )  # fmt: skip
+        tl.store(k_mean_ptr + (b * kv_regions + region) * C + c, mean, mask=c < C)
+
+
+@triton.jit(do_not_specialize=["regions", "kv_regions"])
+def _top_regions_kernel(
+    q_mean_ptr, k_mean_ptr, index_ptr, weight_ptr, regions, kv_regions, scale,
+    C: tl.constexpr, TOPK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Affinities of BLOCK_M query regions to all regions in float32, then the top-k and their softmax.
+
+    The k largest are taken one by one (the lowest region first among equals): k passes over a row that is
+    in registers cost less than sorting it.
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b = tl.program_id(1).to(tl.int64)
+    r = tl.arange(0, BLOCK_R)
+    logits = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        q = tl.load(
+            q_mean_ptr + (b * regions + m[:, None]) * C + c[None, :],
+            mask=(m < regions)[:, None] & (c < C)[None, :], other=0.0,
+        )  # fmt: skip
+        k = tl.load(
+            k_mean_ptr + (b * kv_regions + r[None, :]) * C + c[:, None],
+            mask=(r < kv_regions)[None, :] & (c < C)[:, None], other=0.0,
+        )  # fmt: skip
+        logits = tl.dot(q, k, logits, input_precision="ieee")
+    # A NaN would be passed over by the maximum and leave a row without a region.
+    logits = tl.where(logits == logits, logits * scale, -3.0e38)
+    logits = tl.where((r < kv_regions)[None, :], logits, float("-inf"))
+
+    slot = tl.arange(0, BLOCK_K)
+    values = tl.full([BLOCK_M, BLOCK_K], float("-inf"), tl.float32)
+    indices = tl.zeros([BLOCK_M, BLOCK_K], tl.int32)
+    for i in range(TOPK):
+        best, where = tl.max(logits, 1, return_indices=True, return_indices_tie_break_left=True)
+        values = tl.where((slot == i)[None, :], best[:, None], values)
+        indices = tl.where((slot == i)[None, :], where[:, None], indices)
+        logits = tl.where(r[None, :] == where[:, None], float("-inf"), logits)
+    weight = tl.exp(values - tl.max(values, 1)[:, None])
+    weight = weight / tl.sum(weight, 1)[:, None]
+    offset = (b * regions + m[:, None]) * TOPK + slot[None, :]
+    mask = (m < regions)[:, None] & (slot < TOPK)[None, :]
+    tl.store(index_ptr + offset, indices, mask=mask)
+    tl.store(weight_ptr + offset, weight, mask=mask)
+
+
+# A tile kernel holds this many keys at most; longer lists are walked over.
+MAX_TILE = 256
+
+
+def is_dense(distinct: bool, topk: int, tokens: int, kv_tokens: int, regions: int, kv_regions: int) -> bool:
+    """Whether to mask all keys rather than gather: regions so small that gathering wastes more than masking."""
+    if not distinct or kv_regions > 64 or max(regions * tokens, kv_regions * kv_tokens) > MAX_TILE:
+        return False
+    return kv_regions * kv_tokens <= 1.5 * topk * kv_tokens * max(16 / tokens, 1)
+
+
+def _block(n: int, limit: int) -> int:
+    return min(limit, max(16, triton.next_power_of_2(n)))
+
+
+def _config(kernel: str, dense: bool, own: int, others: int, heads: int) -> dict:
+    """Tiles, warps, stages and looped heads for a kernel whose programs own `own` tokens and read `others`.
+
+    Measured on an H100 at head dimension 32 in bfloat16; the README of the benchmarks says how to repeat it.
+    """
+    own_block, other_block = _block(own, 64), _block(others, MAX_TILE)
+    loop = heads if own <= 64 else 1
+    warps, stages = 4, 2
+    if dense:
+        own_block = 64 if kernel != "dkv" else 16
+        warps, stages = {"forward": (4, 2), "dq": (4, 1), "dkv": (2, 2)}[kernel]
+    elif kernel == "forward" and others <= MAX_TILE:
+        loop = math.gcd(heads, 2) if own_block == 16 else loop
+        warps, stages = (1, 2) if own_block == 16 else (4, 3 if other_block <= 64 else 2)
+    elif kernel == "dq" and others <= 64:
+        warps, stages = (1, 3) if own_block == 16 else (4, 3)
+    elif kernel == "dkv":
+        other_block = _block(others, 32 if own_block == 16 else 128)
+        warps = 1 if own_block == 16 else 4
+    else:
+        other_block = 32 if kernel == "dq" else 64
+        warps = 1 if own_block == 16 else 4
+    names = ("BLOCK_N", "BLOCK_M") if kernel == "dkv" else ("BLOCK_M", "BLOCK_N")
+    return dict(zip(names, (own_block, other_block), strict=True), LOOP=loop, num_warps=warps, num_stages=stages)
+
+
+class Plan(NamedTuple):
+    """What the launches of one problem share, computed once for its sizes and strides."""
+
+    dense: bool
+    kv_regions: int
+    sizes: tuple  # the arguments after the pointers
+    launches: dict[str, tuple[str, tuple[int, int], dict]]  # design, grid and configuration by kernel
+
+
+@functools.lru_cache(maxsize=256)
+def plan(
+    q_shape: tuple, q_stride: tuple, k_shape: tuple, kv_stride: tuple, index_shape: tuple,
+    heads: int, region: tuple[int, int], kv_region: tuple[int, int], scale: float, mask_padding: bool, distinct: bool,
+) -> Plan:  # fmt: skip
+    """Choose kernels, tiles and grids."""
+    B, H, W, C = q_shape
+    KH, KW, topk = k_shape[1], k_shape[2], index_shape[-1]
+    (rows, cols), (kv_rows, kv_cols) = region_grid((H, W), region), region_grid((KH, KW), kv_region)
+    regions, kv_regions = rows * cols, kv_rows * kv_cols
+    tokens, kv_tokens = region[0] * region[1], kv_region[0] * kv_region[1]
+    padded = (KH, KW) != (kv_rows * kv_region[0], kv_cols * kv_region[1])
+    even = not padded and (H, W) == (rows * region[0], cols * region[1])
+    # Unmasked padding enters the softmax as zero keys, of which the mask of real keys knows nothing.
+    distinct = distinct and (mask_padding or not padded)
+    dense = is_dense(distinct, topk, tokens, kv_tokens, regions, kv_regions)
+    index_heads = index_shape[1] if len(index_shape) == 4 else 1
+    graph = regions * topk
+    sizes = (
+        *q_stride[:3], *kv_stride[:3], graph * index_heads, graph if index_heads > 1 else 0,
+        H, W, KH, KW, *region, *kv_region, topk, regions, kv_regions, scale,
+    )  # fmt: skip
+    meta = dict(HEADS=heads, D=C // heads, BLOCK_D=max(16, triton.next_power_of_2(C // heads)))
+    keys = kv_regions * kv_tokens if dense else topk * kv_tokens
+    launches = {}
+    for kernel in ("forward", "dq", "dkv"):
+        own, count = (kv_tokens, kv_regions) if kernel == "dkv" else (tokens, regions)
+        others = keys if kernel != "dkv" else regions * tokens if dense else topk * tokens
+        config = _config(kernel, dense, own, others, heads // index_heads)
+        loop = config.pop("LOOP")
+        block = config["BLOCK_N" if kernel == "dkv" else "BLOCK_M"]
+        tiles = triton.cdiv(count * own, block) if dense else count * triton.cdiv(own, block)
+        holds_all = kernel != "dkv" and config["BLOCK_N"] >= keys
+        if holds_all or dense:
+            config.update(LOOP=loop, BLOCK_K=triton.next_power_of_2(topk))
+        if holds_all:
+            full = even and not dense and config["BLOCK_N"] == keys and own % block == 0
+            config.update(DENSE=dense, MASK_PADDING=mask_padding, EVEN=full)
+            if kernel == "forward":
+                one_block = dense or own <= block
+                config.update(ONE_BLOCK=one_block)
+                tiles = tiles if one_block else count
+        elif not dense:
+            config.update(dict(INDEX_HEADS=index_heads) if kernel == "dkv" else dict(MASK_PADDING=mask_padding))
+            loop = 1
+        design = "tile" if holds_all or dense else "walk"
+        launches[kernel] = (design, (tiles * (heads // loop), B), {**meta, **config})
+    return Plan(dense, kv_regions, sizes, launches)
+
+
+def _unit_channels(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _prepare(q, k, v, index, heads, region, kv_region, scale, mask_padding, distinct) -> tuple:
+    """Tensors as the kernels take them, and their plan."""
+    q, k, v, index = _unit_channels(q), _unit_channels(k), _unit_channels(v), index.contiguous()
+    if k.stride() != v.stride():
+        k, v = k.contiguous(), v.contiguous()
+    chosen = plan(
+        q.shape, q.stride(), k.shape, k.stride(), index.shape, heads, tuple(region), tuple(kv_region), scale,
+        mask_padding, distinct,
+    )  # fmt: skip
+    return q, k, v, index, chosen
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, heads: int, region: list[int], kv_region: list[int],
+    scale: float, mask_padding: bool, distinct: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch the forward kernel: out [B, H, W, C] and log2-sum-exp [B, M, H, W]."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((q.shape[0], heads, *q.shape[1:3]), dtype=torch.float32, device=q.device)
+    if q.numel() == 0:
+        return out, lse
+    q, k, v, index, p = _prepare(q, k, v, index, heads, region, kv_region, scale, mask_padding, distinct)
+    design, grid, config = p.launches["forward"]
+    kernel = _forward_tile_kernel if design == "tile" else _forward_walk_kernel
+    kernel[grid](q, k, v, index, out, lse, *p.sizes, **config)
+    return out, lse
+
+
+def transpose_graph(index: Tensor, kv_regions: int) -> tuple[Tensor, Tensor]:
+    """CSR of the transposed graph: readers [graphs, G*K] and row starts [graphs, R + 1], int32."""
+    graphs, topk = index.numel() // (index.shape[-1] * index.shape[-2]), index.shape[-1]
+    entries = index.shape[-2] * topk
+    reader = torch.empty(graphs, entries, dtype=torch.int32, device=index.device)
+    start = torch.empty(graphs, kv_regions + 1, dtype=torch.int32, device=index.device)
+    block = min(1024, triton.next_power_of_2(entries))
+    _transpose_graph_kernel[(kv_regions, graphs)](index, reader, start, entries, kv_regions, topk, BLOCK=block)
+    return reader, start
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, index: Tensor,
+    heads: int, region: list[int], kv_region: list[int], scale: float, mask_padding: bool, distinct: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch the backward kernels: dq, dk, dv, contiguous and in the dtype of q."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if q.numel() == 0:
+        return dq, dk.zero_(), dv.zero_()
+    q, k, v, index, p = _prepare(q, k, v, index, heads, region, kv_region, scale, mask_padding, distinct)
+    grad, delta = grad.contiguous(), torch.empty_like(lse)
+    design, grid, config = p.launches["dq"]
+    kernel = _dq_tile_kernel if design == "tile" else _dq_walk_kernel
+    kernel[grid](q, k, v, index, out, lse, grad, delta, dq, *p.sizes, **config)
+    _, grid, config = p.launches["dkv"]
+    if p.dense:
+        _dkv_tile_kernel[grid](q, k, v, index, lse, grad, delta, dk, dv, *p.sizes, **config)
+    else:
+        reader, start = transpose_graph(index, p.kv_regions)
+        _dkv_walk_kernel[grid](q, k, v, reader, start, lse, grad, delta, dk, dv, *p.sizes, **config)
+    return dq, dk, dv
+
+
+def route(
+    q: Tensor, k: Tensor, region: list[int], kv_region: list[int], topk: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Launch the two routing kernels: index [B, G, K] int32 and weight [B, G, K] float32."""
+    q, k = _unit_channels(q), _unit_channels(k)
+    B, H, W, C = q.shape
+    KH, KW = k.shape[1:3]
+    (rows, cols), (kv_rows, kv_cols) = region_grid((H, W), region), region_grid((KH, KW), kv_region)
+    regions, kv_regions = rows * cols, kv_rows * kv_cols
+    q_mean = torch.empty(B, regions, C, dtype=torch.float32, device=q.device)
+    k_mean = torch.empty(B, kv_regions, C, dtype=torch.float32, device=q.device)
+    index = torch.empty(B, regions, topk, dtype=torch.int32, device=q.device)
+    weight = torch.empty(B, regions, topk, dtype=torch.float32, device=q.device)
+    if q.numel() == 0:
+        return index, weight
+    tokens = max(region[0] * region[1], kv_region[0] * kv_region[1])
+    block_c = min(128, triton.next_power_of_2(C))
+    block_t = min(triton.next_power_of_2(tokens), 4096 // block_c)
+    _region_mean_kernel[(max(regions, kv_regions), triton.cdiv(C, block_c), B)](
+        q, k, q_mean, k_mean, *q.stride()[:3], *k.stride()[:3],
+        H, W, *region, KH, KW, *kv_region, regions, kv_regions,
+        C=C, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=1,
+    )  # fmt: skip
+    block_r = max(16, triton.next_power_of_2(kv_regions))
+    _top_regions_kernel[(triton.cdiv(regions, 16), B)](
+        q_mean, k_mean, index, weight, regions, kv_regions, scale,
+        C=C, TOPK=topk, BLOCK_M=16, BLOCK_R=block_r, BLOCK_C=max(16, min(32, triton.next_power_of_2(C))),
+        BLOCK_K=triton.next_power_of_2(topk), num_warps=1 if block_r <= 64 else 4 if block_r <= 256 else 8,
+    )  # fmt: skip
+    return index, weight

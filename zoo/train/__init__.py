@@ -1,0 +1,1 @@
+"""Training: Lightning modules, data modules and the ``zoo fit|validate|test|predict`` command."""
