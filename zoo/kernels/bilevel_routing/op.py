@@ -305,9 +305,9 @@ def bilevel_attention(
     q, k, v = cast_for_autocast(q, k, v)
     if use_triton(backend, lambda explain: can_run(q, k, v, heads, scale, weight is not None, explain)):
         index = index.to(torch.int32)
-        return torch.ops.zoo.bilevel_attention(
-            q, k, v, index, heads, region, kv_region, scale, mask_padding, distinct
-        )[0]
+        return torch.ops.zoo.bilevel_attention(q, k, v, index, heads, region, kv_region, scale, mask_padding, distinct)[
+            0
+        ]
     return reference.bilevel_attention(q, k, v, index, heads, region, kv_region, scale, mask_padding, weight)
 
 

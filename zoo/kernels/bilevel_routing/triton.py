@@ -239,13 +239,15 @@ def _forward_walk_kernel(
 
 
 @triton.jit
-def _softmax_gradient(a, b, da, db, lse, delta, keep, qk_scale):
+def _softmax_gradient(a, b, da, db, lse, delta, keep, qk_scale, MASKED: tl.constexpr = True):
     """p = exp2(a b^T - lse) and ds = p (da db^T - delta) of a tile, zero where not kept.
 
     With a, b, da, db = q, k, do, v the tile is [M, N], with k, q, v, do its transpose.
     """
     s = tl.dot(a, tl.trans(b), input_precision="ieee")
-    p = tl.where(keep, tl.exp2(s * qk_scale - lse), 0.0)
+    p = tl.exp2(s * qk_scale - lse)
+    if MASKED:
+        p = tl.where(keep, p, 0.0)
     dp = tl.dot(da, tl.trans(db), input_precision="ieee")
     return p, p * (dp - delta)
 
@@ -458,8 +460,8 @@ def _dkv_walk_kernel(
         stat = stat_base + row * W + col
         lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
         delta = tl.load(delta_ptr + stat, mask=q_inside, other=0.0)
-        keep_pair = k_inside[:, None] & q_inside[None, :]
-        p, ds = _softmax_gradient(k, q, v, grad, lse[None, :], delta[None, :], keep_pair, scale * LOG2E)
+        # Queries past the end load zeros, which add nothing; keys past the end are not stored.
+        p, ds = _softmax_gradient(k, q, v, grad, lse[None, :], delta[None, :], True, scale * LOG2E, False)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
@@ -617,8 +619,7 @@ def _config(kernel: str, dense: bool, own: int, others: int, heads: int) -> dict
     elif kernel == "dq" and others <= 64:
         warps, stages = (1, 3) if own_block == 16 else (4, 3)
     elif kernel == "dkv":
-        other_block = _block(others, 32 if own_block == 16 else 128)
-        warps = 1 if own_block == 16 else 4
+        other_block, warps = (32, 1) if own_block == 16 else (128, 4)
     else:
         other_block = 32 if kernel == "dq" else 64
         warps = 1 if own_block == 16 else 4
@@ -646,8 +647,8 @@ def plan(
     (rows, cols), (kv_rows, kv_cols) = region_grid((H, W), region), region_grid((KH, KW), kv_region)
     regions, kv_regions = rows * cols, kv_rows * kv_cols
     tokens, kv_tokens = region[0] * region[1], kv_region[0] * kv_region[1]
-    padded = (KH, KW) != (kv_rows * kv_region[0], kv_cols * kv_region[1])
-    even = not padded and (H, W) == (rows * region[0], cols * region[1])
+    padded = (kv_rows * kv_region[0], kv_cols * kv_region[1]) != (KH, KW)
+    even = not padded and (rows * region[0], cols * region[1]) == (H, W)
     # Unmasked padding enters the softmax as zero keys, of which the mask of real keys knows nothing.
     distinct = distinct and (mask_padding or not padded)
     dense = is_dense(distinct, topk, tokens, kv_tokens, regions, kv_regions)
