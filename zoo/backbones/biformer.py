@@ -32,7 +32,7 @@ from zoo.kernels.bilevel_routing import reference
 __all__ = ["AttentionLePE", "BiFormer", "BiLevelRoutingAttention", "BiLevelRoutingAttentionNCHW", "Block"]
 
 KV_POOLS = ("identity", "avgpool", "maxpool", "ada_avgpool", "ada_maxpool")
-EXACT_EPS = 1e-6
+NORM_EPS = 1e-6
 
 
 def _pair(n_win: int | Sequence[int]) -> tuple[int, int]:
@@ -380,9 +380,9 @@ class Block(nn.Module):
         cfg = config or BlockConfig()
         self.pre_norm = cfg.pre_norm
         self.pos_embed = DepthwiseConv2d(dim, cfg.before_attn_dwconv, **dd) if cfg.before_attn_dwconv else None
-        self.norm1 = LayerNorm(dim, eps=EXACT_EPS, **dd)
+        self.norm1 = LayerNorm(dim, eps=NORM_EPS, **dd)
         self.attn = _token_mixer(dim, num_heads, topk, cfg, attn_options or {}, dd)
-        self.norm2 = LayerNorm(dim, eps=EXACT_EPS, **dd)
+        self.norm2 = LayerNorm(dim, eps=NORM_EPS, **dd)
         self.mlp = Mlp(dim, int(dim * cfg.mlp_ratio), cfg.mlp_dwconv, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         scaled = cfg.layer_scale_init_value > 0
@@ -555,7 +555,7 @@ class BiFormer(nn.Module):
         self.stages = nn.Sequential(*blocks)
         self.extra_norms = None
         if extra_norms:
-            self.extra_norms = nn.ModuleList(LayerNorm(dim, eps=EXACT_EPS, **dd) for dim in embed_dims)
+            self.extra_norms = nn.ModuleList(LayerNorm(dim, eps=NORM_EPS, **dd) for dim in embed_dims)
         self.norm = nn.BatchNorm2d(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
         self.init_weights()
@@ -701,7 +701,8 @@ def _cfg(**kwargs) -> dict[str, Any]:
     )
 
 
-def _nano_cfg(name: str) -> dict[str, Any]:
+def _embedded(name: str) -> dict[str, Any]:
+    """Config of weights that this package carries."""
     return _cfg(**dict(dict(license="apache-2.0", origin_url=None), **embedded_cfg(name)))
 
 
@@ -712,7 +713,7 @@ default_cfgs = generate_default_cfgs(
         "biformer_base.untrained": _cfg(),
         "biformer_stl.untrained": _cfg(),
         "biformer_stl_nchw.untrained": _cfg(),
-        "biformer_nano.untrained": _cfg(input_size=(3, 128, 128), pool_size=(4, 4), license="apache-2.0", origin_url=None),
+        "biformer_nano.zoo_fashion_mnist": _embedded("biformer_nano.zoo_fashion_mnist"),
     }
 )
 
