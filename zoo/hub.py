@@ -6,6 +6,7 @@ and offline mode are the user's choice through the hub client's own environment 
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -152,8 +153,6 @@ def save_model(
     Raises:
         ValueError: Not a timm-style model, wrong number of labels, or weights that fp16 cannot hold.
     """
-    from timm.models._hub import save_config_for_hf
-
     if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
         raise ValueError(f"{type(model).__name__} has no pretrained_cfg: only a model of create_model can be saved.")
     if label_names is not None and len(label_names) != model.num_classes:
@@ -167,10 +166,25 @@ def save_model(
     with _new_folder(directory) as folder:
         save_file(_plain_tensors(model, half), folder / WEIGHTS, metadata={"format": "pt"})
         extra["sha256"] = {WEIGHTS: sha256(folder / WEIGHTS)}
-        save_config_for_hf(model, folder / CONFIG, model_config=extra, data_config=data_config)
+        _save_config(model, folder / CONFIG, extra, data_config)
         text = card if isinstance(card, str) else _card_of(model, folder, card or {}, metrics or {})
         (folder / CARD).write_text(text, encoding="utf-8")
     return Path(directory)
+
+
+def _save_config(model: nn.Module, path: Path, extra: dict[str, Any], data_config: dict[str, Any] | None) -> None:
+    """Write timm's config; timm before 1.0.30 takes the preprocessing from the model and drops what it is told."""
+    import inspect
+
+    from timm.models._hub import save_config_for_hf
+
+    if "data_config" in inspect.signature(save_config_for_hf).parameters:
+        save_config_for_hf(model, path, model_config=extra, data_config=data_config)
+        return
+    described = copy.copy(model)
+    changes = {**extra.pop("pretrained_cfg"), **(data_config or {}), "num_classes": model.num_classes}
+    described.pretrained_cfg = {**model.pretrained_cfg, **changes}
+    save_config_for_hf(described, path, model_config=extra, model_args=getattr(model, "_model_args", None))
 
 
 def push(
