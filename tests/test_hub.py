@@ -115,6 +115,12 @@ def test_half_refuses_what_fp16_cannot_hold(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_saved_pool_size_follows_the_input_size(tmp_path):
+    model = zoo.create_model("biformer_tiny", depths=(1, 1, 1, 1), num_classes=3)
+    folder = hub.save_model(model, tmp_path / "m", data_config={"input_size": [3, 96, 64]})
+    assert hub.read_config(folder)["pretrained_cfg"]["pool_size"] == [3, 2]
+
+
 def test_shared_and_transposed_tensors_are_saved(tmp_path):
     model = zoo.create_model("test_convnext")
     weight = model.head.fc.weight

@@ -172,19 +172,33 @@ def save_model(
     return Path(directory)
 
 
+def _pool_size(cfg: dict[str, Any], data_config: dict[str, Any]) -> list[int] | None:
+    """Size of the last map at the input size of these weights, which may differ from the architecture's default."""
+    pool_size, old, new = cfg.get("pool_size"), cfg.get("input_size"), data_config.get("input_size")
+    if not (pool_size and old and new):
+        return None
+    return [max(1, side * n // o) for side, o, n in zip(pool_size, old[1:], new[1:], strict=True)]
+
+
 def _save_config(model: nn.Module, path: Path, extra: dict[str, Any], data_config: dict[str, Any] | None) -> None:
     """Write timm's config; timm before 1.0.30 takes the preprocessing from the model and drops what it is told."""
     import inspect
 
     from timm.models._hub import save_config_for_hf
 
+    pool_size = _pool_size(model.pretrained_cfg, data_config or {})
     if "data_config" in inspect.signature(save_config_for_hf).parameters:
         save_config_for_hf(model, path, model_config=extra, data_config=data_config)
-        return
-    described = copy.copy(model)
-    changes = {**extra.pop("pretrained_cfg"), **(data_config or {}), "num_classes": model.num_classes}
-    described.pretrained_cfg = {**model.pretrained_cfg, **changes}
-    save_config_for_hf(described, path, model_config=extra, model_args=getattr(model, "_model_args", None))
+    else:
+        described = copy.copy(model)
+        changes = {**extra.pop("pretrained_cfg"), **(data_config or {}), "num_classes": model.num_classes}
+        described.pretrained_cfg = {**model.pretrained_cfg, **changes}
+        save_config_for_hf(described, path, model_config=extra, model_args=getattr(model, "_model_args", None))
+    if pool_size:
+        # timm keeps the architecture's value, or drops it.
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["pretrained_cfg"]["pool_size"] = pool_size
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def push(

@@ -46,8 +46,6 @@ class Recorder:
     def route(self, module: nn.Module) -> Tensor:
         """The regions that an attention layer chose for the input that it saw."""
         x = self.attention_inputs[module].detach()
-        if isinstance(module, BiLevelRoutingAttentionNCHW):
-            return BiLevelRoutingAttentionNCHW.forward(module, x.permute(0, 3, 1, 2), return_routing=True)[1].index
         return module(x, return_routing=True)[1].index
 
 

@@ -19,6 +19,7 @@ from zoo.kernels.depthwise_conv import triton as conv
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 OPTIONS = ("num_warps", "num_stages")
+ARCHITECTURES = (80, 90, 100)
 
 # Stages 1 to 3 of BiFormer at 224 pixels, and stage 1 at 512: (map, channels, heads, region, topk). The last one has
 # more keys than a tile holds.
@@ -29,7 +30,17 @@ STAGES = {
     "stage1_512": ((128, 128), 64, 2, (16, 16), 1),
     "large": ((40, 40), 64, 2, (20, 20), 1),
 }
-FAST = ("stage2", "stage3")
+# Stack bytes that remain where every configuration without them was measured slower on an H100 (or, for the other
+# architectures, has not been measured): the dense gradients hold two 64 x 256 tiles in registers.
+SPILLS = {
+    "_dq_tile_kernel": 1024,
+    "_dkv_tile_kernel": 384,
+    "_forward_tile_kernel": 192,
+    "_dkv_walk_kernel": 64,
+    "_top_regions_kernel": 64,
+    "_conv_kernel": 64,
+    "_weight_grad_kernel": 16,
+}
 
 
 @pytest.fixture
@@ -96,26 +107,19 @@ def check(launches: list, arch: int, folder: Path) -> None:
     for kernel, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs, arch)
         stack = spilled_bytes(compiled, folder)
-        assert stack == 0, f"{kernel.__name__} spills {stack} bytes on sm_{arch}"
+        allowed = SPILLS.get(kernel.__name__, 0)
+        assert stack <= allowed, f"{kernel.__name__} spills {stack} bytes on sm_{arch}, {allowed} are known"
 
 
-def cases(names: tuple) -> list:
-    """Every case on Hopper's architecture quickly, all others behind the slow marker."""
-    out = []
-    for name in names:
-        for arch in (80, 90, 100):
-            marks = () if arch == 90 and name in (*FAST, 5) else (pytest.mark.slow,)
-            out.append(pytest.param(name, arch, marks=marks, id=f"{name}-sm_{arch}"))
-    return out
-
-
-@pytest.mark.parametrize(("name", "arch"), cases(tuple(STAGES)))
-def test_attention_compiles_without_spills(name: str, arch: int, launches: list, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", STAGES)
+def test_attention_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
     launch_attention(name)
     check(launches, arch, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "arch"), cases((3, 5)))
-def test_convolution_compiles_without_spills(name: int, arch: int, launches: list, tmp_path: Path) -> None:
-    launch_convolution(name)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_convolution_compiles(kernel: int, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_convolution(kernel)
     check(launches, arch, tmp_path)
