@@ -100,7 +100,9 @@ def test_one_window_setting_per_stage() -> None:
     assert [stage.blocks[0].attn.n_win for stage in model.stages[:3]] == [8, 4, 4]
 
 
-@pytest.mark.parametrize("flags", [dict(), dict(nchw=True), dict(stl=True, before_attn_dwconv=0), dict(mask_padding=True)])
+@pytest.mark.parametrize(
+    "flags", [dict(), dict(nchw=True), dict(stl=True, before_attn_dwconv=0), dict(mask_padding=True)]
+)
 @pytest.mark.parametrize("size", [(32, 32), (97, 131), (64, 40)])
 def test_any_size_runs_and_every_parameter_learns(flags: dict, size: tuple[int, int]) -> None:
     model = BiFormer(**SMALL, **flags)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zoo.kernels import bilevel_attention, bilevel_routing, route_regions
 from zoo.kernels.bilevel_routing import reference
+from zoo.kernels.bilevel_routing.op import can_route, can_run
 
 from .oracle import DTYPES, assert_as_exact_as_torch, with_gradients
 
@@ -282,3 +283,29 @@ def test_kernel_on_a_large_map() -> None:
     start = torch.cuda.memory_allocated()
     bilevel_routing(q, k, v, heads=1, region=(86, 72), topk=4).sum().backward()
     assert torch.cuda.max_memory_allocated() - start < 12 * q.numel() * q.element_size()
+
+
+def test_limits_of_the_kernels_are_explained() -> None:
+    x = torch.empty(1, 4, 4, 1, device="meta").expand(1, 4, 4, 512)
+    with pytest.raises(NotImplementedError, match="head dimension of 128, got 512") as error:
+        can_run(_OnGpu(x), _OnGpu(x), x, heads=1, scale=1.0, raise_error=True)
+    assert "backend='reference'" in str(error.value)
+    with pytest.raises(NotImplementedError, match="the scale must be positive, got -1.0"):
+        can_run(_OnGpu(x), _OnGpu(x), x, heads=8, scale=-1.0, raise_error=True)
+    large = torch.empty(1, 2**16, 2**15, 1, device="meta")
+    with pytest.raises(NotImplementedError, match="limit is an image of"):
+        can_run(_OnGpu(large), _OnGpu(large), large, heads=1, scale=1.0, raise_error=True)
+    with pytest.raises(NotImplementedError, match="limit is 1024 regions, got 2000"):
+        can_route(_OnGpu(x), _OnGpu(x), 2000, raise_error=True)
+
+
+class _OnGpu:
+    """A tensor that claims to lie on a GPU."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    is_cuda = True
+
+    def __getattr__(self, name: str):
+        return getattr(self.x, name)

@@ -198,8 +198,9 @@ def draw_panel(axis: Any, title: str, rows: list[dict[str, str]], providers: lis
     """Horizontal bars of the medians with 20 to 80 percent whiskers; providers keep their colour in all panels."""
     medians = [float(row["p50"]) for row in rows]
     spread = [
-        [median - float(row["p20"]) for median, row in zip(medians, rows, strict=True)],
-        [float(row["p80"]) - median for median, row in zip(medians, rows, strict=True)],
+        # A row may hold a median alone.
+        [median - float(row["p20"] or median) for median, row in zip(medians, rows, strict=True)],
+        [float(row["p80"] or median) - median for median, row in zip(medians, rows, strict=True)],
     ]
     subject = "name" if rows[0]["unit"] == "img/s" else "provider"
     labels = [f"{short(row['config'])}  {row[subject]}" for row in rows]

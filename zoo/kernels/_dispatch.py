@@ -37,11 +37,20 @@ def refuse(reasons: list[str], op: str, raise_error: bool) -> bool:
     return not reasons
 
 
-def device_reasons(tensor: Tensor) -> list[str]:
-    """Why a tensor's device or dtype keeps it from the Triton kernels, if anything does."""
+# Tokens of an image are addressed in 32 bits, and images are a second dimension of a launch.
+MAX_OFFSET = 2**31
+MAX_BATCH = 65535
+
+
+def map_reasons(name: str, x: Tensor) -> list[str]:
+    """Why a map's device, dtype or size keeps it from the Triton kernels, if anything does."""
     reasons = []
-    if not tensor.is_cuda:
-        reasons.append(f"it needs CUDA tensors, got device {tensor.device}.")
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"it takes float16, bfloat16 or float32, got {tensor.dtype}.")
+    if not x.is_cuda:
+        reasons.append(f"it needs CUDA tensors, got device {x.device}.")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"it takes float16, bfloat16 or float32, got {x.dtype}.")
+    if x.shape[0] > MAX_BATCH:
+        reasons.append(f"its limit is a batch of {MAX_BATCH}, got {name} of shape {tuple(x.shape)}.")
+    if x.stride(1) * x.shape[1] >= MAX_OFFSET:
+        reasons.append(f"its limit is an image of {MAX_OFFSET} elements, got {name} of shape {tuple(x.shape)}.")
     return reasons

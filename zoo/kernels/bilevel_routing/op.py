@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels._dispatch import cast_for_autocast, device_reasons, refuse, use_triton
+from zoo.kernels._dispatch import cast_for_autocast, map_reasons, refuse, use_triton
 from zoo.kernels.bilevel_routing import reference
 from zoo.kernels.bilevel_routing.reference import Routing, region_grid
 
 # Above this, one program can no longer hold a row of affinities in registers.
 MAX_ROUTED_REGIONS = 1024
-# Tokens of an image are addressed in 32 bits.
-MAX_OFFSET = 2**31
 
 
 @torch.library.custom_op("zoo::bilevel_attention", mutates_args=(), device_types="cuda")
@@ -142,7 +140,7 @@ def can_run(
     Raises:
         NotImplementedError: With `raise_error`, naming the feature, its limit and the value received.
     """
-    reasons = device_reasons(q)
+    reasons = map_reasons("q", q) + map_reasons("k", k)
     if weighted:
         reasons.append("it does not scale keys and values by routing weights (soft routing).")
     if q.shape[-1] != v.shape[-1]:
@@ -151,15 +149,12 @@ def can_run(
         reasons.append(f"its limit is a head dimension of 128, got {q.shape[-1] // heads}.")
     if scale <= 0:
         reasons.append(f"the scale must be positive, got {scale}.")
-    for name, x in (("q", q), ("k", k)):
-        if x.dim() == 4 and x[:1].numel() and x.stride(1) * x.shape[1] >= MAX_OFFSET:
-            reasons.append(f"its limit is an image of {MAX_OFFSET} elements, got {name} of shape {tuple(x.shape)}.")
     return refuse(reasons, "bilevel_attention", raise_error)
 
 
 def can_route(q: Tensor, k: Tensor, kv_regions: int, raise_error: bool = False) -> bool:
     """Whether the Triton routing kernels take this problem; see `can_run`."""
-    reasons = device_reasons(q)
+    reasons = map_reasons("q", q) + map_reasons("k", k)
     if kv_regions > MAX_ROUTED_REGIONS:
         reasons.append(f"its limit is {MAX_ROUTED_REGIONS} regions, got {kv_regions}.")
     return refuse(reasons, "route_regions", raise_error)

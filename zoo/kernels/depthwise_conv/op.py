@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels._dispatch import cast_for_autocast, device_reasons, refuse, use_triton
+from zoo.kernels._dispatch import cast_for_autocast, map_reasons, refuse, use_triton
 from zoo.kernels.depthwise_conv import reference
 
 MAX_KERNEL = 7
@@ -89,7 +89,7 @@ def can_run(x: Tensor, weight: Tensor, raise_error: bool = False) -> bool:
     Raises:
         NotImplementedError: With `raise_error`, naming the feature, its limit and the value received.
     """
-    reasons = device_reasons(x)
+    reasons = map_reasons("x", x)
     if weight.shape[-1] > MAX_KERNEL:
         reasons.append(f"its limit is a kernel of {MAX_KERNEL} x {MAX_KERNEL}, got {weight.shape[-1]}.")
     return refuse(reasons, "depthwise_conv2d", raise_error)
