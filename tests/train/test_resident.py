@@ -24,11 +24,11 @@ def images() -> DeviceImages:
 
 
 def test_crops_stay_inside_their_image(images: DeviceImages) -> None:
-    """The canvas beyond an image is black; no crop of a bright image may show it."""
+    """No crop of a bright image may be darker than the image, whatever lies beside it on its canvas."""
     bright = torch.arange(1, 48, 2)
     crops = images.crops(bright, 8, (0.2, 1.0))
     assert crops.shape == (24, 3, 8, 8)
-    assert crops.min() > 149 / 255 and crops.max() <= 1
+    assert crops.min() >= 150 / 255 - 1e-5 and crops.max() <= 1
 
 
 def test_whole_image_is_a_crop(images: DeviceImages) -> None:

@@ -94,9 +94,11 @@ class DeviceImages:
             arrays.append(np.asarray(image.convert("RGB")))
             labels.append(label)
         self.side = max(max(a.shape[:2]) for a in arrays)
-        canvas = np.zeros((len(arrays), 3, self.side, self.side), np.uint8)
+        canvas = np.empty((len(arrays), 3, self.side, self.side), np.uint8)
         for i, array in enumerate(arrays):
-            canvas[i, :, : array.shape[0], : array.shape[1]] = array.transpose(2, 0, 1)
+            # Repeated edges, because interpolation reads half a pixel beyond an image.
+            margin = ((0, self.side - array.shape[0]), (0, self.side - array.shape[1]), (0, 0))
+            canvas[i] = np.pad(array, margin, mode="edge").transpose(2, 0, 1)
         self.pixels = torch.from_numpy(canvas).to(device)
         self.sizes = torch.tensor([a.shape[:2] for a in arrays], dtype=torch.float32, device=device)
         self.labels = torch.tensor(labels, device=device)
