@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import timm
 import torch
@@ -15,6 +17,14 @@ from zoo.kernels import bilevel_attention
 from zoo.kernels.bilevel_routing import reference
 
 from .cases import Case, find
+
+# Official arguments without a counterpart: maps are always padded to whole windows, and training set-up.
+WITHOUT_COUNTERPART = ("auto_pad", "norm_eval", "disable_bn_grad", "pretrained", "use_checkpoint_stages")
+LAYER_OPTIONS = set(inspect.signature(BiLevelRoutingAttention).parameters) - {"dim", "num_heads", "n_win", "topk"}
+
+
+def our_arguments(case: Case) -> dict:
+    return {k: v for k, v in case.kwargs.items() if k not in WITHOUT_COUNTERPART}
 
 
 def nchw(x: Tensor) -> Tensor:
@@ -64,8 +74,7 @@ def attention_of(layer, q, k, v, index, weight=None, regions=None, kv_regions=No
 
 
 def run_bra(case: Case) -> None:
-    kwargs = {k: v for k, v in case.kwargs.items() if k != "auto_pad"}
-    layer = BiLevelRoutingAttention(**kwargs)
+    layer = BiLevelRoutingAttention(**our_arguments(case))
     names = load(case, layer)
     seen = Recorder(layer, layer.lepe, layer.qkv)
     x = case.input().requires_grad_()
@@ -99,7 +108,7 @@ def lepe_residual(layer, q, k, v, routing, region) -> Tensor:
 
 
 def run_nchw_bra(case: Case) -> None:
-    layer = BiLevelRoutingAttentionNCHW(**case.kwargs)
+    layer = BiLevelRoutingAttentionNCHW(**our_arguments(case))
     names = load(case, layer)
     seen = Recorder(layer, layer.lepe, layer.qkv_linear)
     x = case.input().requires_grad_()
@@ -141,10 +150,13 @@ def run_attention_lepe(case: Case) -> None:
 
 
 def run_block(case: Case) -> None:
-    kwargs = dict(case.kwargs)
-    options = {k: kwargs.pop(k) for k in list(kwargs) if k in ("kv_downsample_mode", "kv_per_win", "qk_dim")}
-    dim, heads, topk = (kwargs.pop(k) for k in ("dim", "num_heads", "topk"))
-    block = biformer.Block(dim, heads, topk, config=biformer.BlockConfig(**kwargs), attn_options=options)
+    kwargs = our_arguments(case)
+    shared = {k: kwargs.pop(k) for k in list(kwargs) if k in biformer.BlockConfig._fields}
+    dim, heads, topk, drop_path = (kwargs.pop(k, 0) for k in ("dim", "num_heads", "topk", "drop_path"))
+    unknown = set(kwargs) - LAYER_OPTIONS
+    assert not unknown, f"unknown block arguments {sorted(unknown)}"
+    config = biformer.BlockConfig(**shared)
+    block = biformer.Block(dim, heads, topk, drop_path, config, attn_options=kwargs if topk > 0 else None).eval()
     names = load(case, block)
     block.attn.lepe.register_forward_hook(lambda m, args, kw, out: setattr(m, "seen", out - kw["residual"]),
                                           with_kwargs=True)  # fmt: skip
@@ -154,7 +166,8 @@ def run_block(case: Case) -> None:
     case.check("lepe", nchw(block.attn.lepe.seen))
     case.check("out", out)
     check_gradients(case, out, {"x": x}, block, names)
-    case.check_routing("route.attn", seen.route(block.attn))
+    if topk > 0:
+        case.check_routing("route.attn", seen.route(block.attn))
 
 
 def run_function(case: Case) -> None:
@@ -177,7 +190,7 @@ def run_function(case: Case) -> None:
 def dense_arguments(kwargs: dict) -> dict:
     """The official arguments of a dense-task backbone as arguments of `BiFormer`."""
     renamed = dict(depth="depths", embed_dim="embed_dims", kv_downsample_ratio="kv_downsample_ratios")
-    dropped = ("pe", "auto_pad", "use_checkpoint_stages", "kv_per_wins", "qk_dims")
+    dropped = (*WITHOUT_COUNTERPART, "pe", "kv_per_wins", "qk_dims")
     out = {renamed.get(k, k): v for k, v in kwargs.items() if k not in dropped}
     if kwargs.get("pe") is not None:
         raise ValueError(f"no position embedding but the convolution is known, got pe={kwargs['pe']!r}")
@@ -196,7 +209,7 @@ def run_model(case: Case) -> None:
         ).eval()  # fmt: skip
         net = model.model
     else:
-        model = net = timm.create_model(case.model, **case.kwargs).eval()
+        model = net = timm.create_model(case.model, **our_arguments(case)).eval()
     assert sum(p.numel() for p in model.parameters()) == case.spec["num_params"]
     net.load_state_dict(convert(case.weights(), nchw=case.model.endswith("nchw")))
     downs = [net.stem, *(stage.downsample for stage in net.stages[1:])]
