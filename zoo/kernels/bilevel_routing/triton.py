@@ -62,23 +62,60 @@ def _store_tokens(ptr, value, offset, inside, D: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit
-def _own_tile(pid, tokens, total, DENSE: tl.constexpr, BLOCK: tl.constexpr):
-    """Region and token of each member of a program's tile: of one region, or of all regions in order."""
+def _own_tile(
+    tile, H, W, RH, RW, regions, stride_h, stride_w, DENSE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The tokens that a program owns, of one region or of all regions in order.
+
+    Returns region, position on the map, offset in memory, whether on the map, and whether a token at all.
+    """
+    tokens = RH * RW
     if DENSE:
-        t = pid * BLOCK + tl.arange(0, BLOCK)
+        t = tile * BLOCK + tl.arange(0, BLOCK)
         region = _divide(t, tokens)
-        return region, t - region * tokens, t < total
-    blocks = tl.cdiv(tokens, BLOCK)
-    t = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    return tl.zeros_like(t) + pid // blocks, t, t < tokens
+        token = t - region * tokens
+        valid = t < regions * tokens
+    else:
+        blocks = tl.cdiv(tokens, BLOCK)
+        token = (tile % blocks) * BLOCK + tl.arange(0, BLOCK)
+        region = tl.zeros_like(token) + tile // blocks
+        valid = token < tokens
+    row, col = _locate(token, region, W, RH, RW)
+    inside = valid & (row < H) & (col < W)
+    return region, row * W + col, row * stride_h + col * stride_w, inside, valid
 
 
 @triton.jit
-def _listed_tile(n, list_ptr, tokens, total):
-    """Region and token of members n of the tokens of a list of regions."""
+def _listed_tile(n, list_ptr, total, H, W, RH, RW, stride_h, stride_w):
+    """Members n of the tokens of a list of regions: position, offset, whether on the map, whether in the list."""
+    tokens = RH * RW
     slot = _divide(n, tokens)
     valid = n < total
-    return tl.load(list_ptr + slot, mask=valid, other=0), n - slot * tokens, valid
+    region = tl.load(list_ptr + slot, mask=valid, other=0)
+    row, col = _locate(n - slot * tokens, region, W, RH, RW)
+    inside = valid & (row < H) & (col < W)
+    return row * W + col, row * stride_h + col * stride_w, inside, valid
+
+
+@triton.jit
+def _all_keys(
+    list_ptr, topk, KH, KW, KRH, KRW, kv_regions, stride_h, stride_w,
+    DENSE: tl.constexpr, MASK_PADDING: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """All keys of a tile kernel: region (DENSE only), offset, whether on the map, whether in the softmax."""
+    if DENSE:
+        region, position, offset, inside, keep = _own_tile(
+            0, KH, KW, KRH, KRW, kv_regions, stride_h, stride_w, True, BLOCK_N
+        )
+    else:
+        n = tl.arange(0, BLOCK_N)
+        position, offset, inside, keep = _listed_tile(
+            n, list_ptr, topk * KRH * KRW, KH, KW, KRH, KRW, stride_h, stride_w
+        )
+        region = n
+    if MASK_PADDING:
+        keep = inside
+    return region, offset, inside, keep
 
 
 @triton.jit
@@ -134,7 +171,6 @@ def _forward_tile_kernel(
     b = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) % (HEADS // LOOP)
     tile = tl.program_id(0) // (HEADS // LOOP)
-    kv_tokens = KRH * KRW
     q_ptr += b * q_stride_b
     k_ptr += b * kv_stride_b
     v_ptr += b * kv_stride_b
@@ -142,26 +178,16 @@ def _forward_tile_kernel(
     lse_ptr += b * HEADS * H * W
     index_ptr += b * index_stride_b + group * index_stride_m
 
-    n = tl.arange(0, BLOCK_N)
-    if DENSE:
-        k_region = _divide(n, kv_tokens)
-        k_token = n - k_region * kv_tokens
-        keep = n < kv_regions * kv_tokens
-    else:
-        k_region, k_token, keep = _listed_tile(n, index_ptr + tile * topk, kv_tokens, topk * kv_tokens)
-    k_row, k_col = _locate(k_token, k_region, KW, KRH, KRW)
-    k_inside = keep & (k_row < KH) & (k_col < KW)
-    k_offset = k_row * kv_stride_h + k_col * kv_stride_w
-    if MASK_PADDING:
-        keep = k_inside
+    k_region, k_offset, k_inside, keep = _all_keys(
+        index_ptr + tile * topk, topk, KH, KW, KRH, KRW, kv_regions, kv_stride_h, kv_stride_w,
+        DENSE, MASK_PADDING, BLOCK_N,
+    )  # fmt: skip
     keep = keep[None, :]
 
     if ONE_BLOCK:
-        q_region, q_token, q_valid = _own_tile(tile, RH * RW, regions * RH * RW, DENSE, BLOCK_M)
-        row, col = _locate(q_token, q_region, W, RH, RW)
-        q_inside = q_valid & (row < H) & (col < W)
-        q_offset = row * q_stride_h + col * q_stride_w
-        out_offset = (row * W + col) * (HEADS * D)
+        q_region, position, q_offset, q_inside, q_valid = _own_tile(
+            tile, H, W, RH, RW, regions, q_stride_h, q_stride_w, DENSE, BLOCK_M
+        )  # fmt: skip
         if DENSE:
             keep = keep & _routed(index_ptr, q_region, q_valid, k_region, topk, BLOCK_K)
         for i in tl.range(0, LOOP):
@@ -170,8 +196,8 @@ def _forward_tile_kernel(
             k = _load_tokens(k_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
             v = _load_tokens(v_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
             out, lse = _softmax_of_tile(q, k, v, keep, q_inside, scale * LOG2E, DENSE, EVEN)
-            _store_tokens(out_ptr + head * D, out, out_offset, q_inside, D, BLOCK_D)
-            tl.store(lse_ptr + head * H * W + row * W + col, lse, mask=q_inside)
+            _store_tokens(out_ptr + head * D, out, position * (HEADS * D), q_inside, D, BLOCK_D)
+            tl.store(lse_ptr + head * H * W + position, lse, mask=q_inside)
     else:
         k = _load_tokens(k_ptr + group * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
         v = _load_tokens(v_ptr + group * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
@@ -179,11 +205,11 @@ def _forward_tile_kernel(
             t = start + tl.arange(0, BLOCK_M)
             row, col = _locate(t, tile, W, RH, RW)
             q_inside = (t < RH * RW) & (row < H) & (col < W)
-            q_offset = row * q_stride_h + col * q_stride_w
+            position, q_offset = row * W + col, row * q_stride_h + col * q_stride_w
             q = _load_tokens(q_ptr + group * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
             out, lse = _softmax_of_tile(q, k, v, keep, q_inside, scale * LOG2E, DENSE, EVEN)
-            _store_tokens(out_ptr + group * D, out, (row * W + col) * (HEADS * D), q_inside, D, BLOCK_D)
-            tl.store(lse_ptr + group * H * W + row * W + col, lse, mask=q_inside)
+            _store_tokens(out_ptr + group * D, out, position * (HEADS * D), q_inside, D, BLOCK_D)
+            tl.store(lse_ptr + group * H * W + position, lse, mask=q_inside)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -198,26 +224,25 @@ def _forward_walk_kernel(
     b = tl.program_id(1).to(tl.int64)
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS
-    kv_tokens = KRH * KRW
-    total = topk * kv_tokens
+    total = topk * KRH * KRW
     q_ptr += b * q_stride_b + head * D
     k_ptr += b * kv_stride_b + head * D
     v_ptr += b * kv_stride_b + head * D
     index_ptr += b * index_stride_b + head * index_stride_m + (tile // tl.cdiv(RH * RW, BLOCK_M)) * topk
 
-    q_region, q_token, q_valid = _own_tile(tile, RH * RW, 0, False, BLOCK_M)
-    row, col = _locate(q_token, q_region, W, RH, RW)
-    q_inside = q_valid & (row < H) & (col < W)
-    q = _load_tokens(q_ptr, row * q_stride_h + col * q_stride_w, q_inside, D, BLOCK_D, True)
+    own_region, position, q_offset, q_inside, own_valid = _own_tile(
+        tile, H, W, RH, RW, regions, q_stride_h, q_stride_w, False, BLOCK_M
+    )  # fmt: skip
+    q = _load_tokens(q_ptr, q_offset, q_inside, D, BLOCK_D, True)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, total, BLOCK_N):
-        k_region, k_token, keep = _listed_tile(start + tl.arange(0, BLOCK_N), index_ptr, kv_tokens, total)
-        k_row, k_col = _locate(k_token, k_region, KW, KRH, KRW)
-        k_inside = keep & (k_row < KH) & (k_col < KW)
-        k_offset = k_row * kv_stride_h + k_col * kv_stride_w
+        n = start + tl.arange(0, BLOCK_N)
+        k_position, k_offset, k_inside, keep = _listed_tile(
+            n, index_ptr, total, KH, KW, KRH, KRW, kv_stride_h, kv_stride_w
+        )  # fmt: skip
         k = _load_tokens(k_ptr, k_offset, k_inside, D, BLOCK_D, True)
         v = _load_tokens(v_ptr, k_offset, k_inside, D, BLOCK_D, True)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)  # [BLOCK_M, BLOCK_N]
@@ -233,9 +258,9 @@ def _forward_walk_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         top = new_top
 
-    out_offset = (row * W + col) * (HEADS * D)
-    _store_tokens(out_ptr + b * H * W * (HEADS * D) + head * D, acc / norm[:, None], out_offset, q_inside, D, BLOCK_D)
-    tl.store(lse_ptr + ((b * HEADS + head) * H + row) * W + col, top + tl.log2(norm), mask=q_inside)
+    out_ptr += b * H * W * (HEADS * D) + head * D
+    _store_tokens(out_ptr, acc / norm[:, None], position * (HEADS * D), q_inside, D, BLOCK_D)
+    tl.store(lse_ptr + (b * HEADS + head) * H * W + position, top + tl.log2(norm), mask=q_inside)
 
 
 @triton.jit
@@ -267,33 +292,21 @@ def _dq_tile_kernel(
     """
     b = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) % (HEADS // LOOP)
-    kv_tokens = KRH * KRW
+    tile = tl.program_id(0) // (HEADS // LOOP)
     q_ptr += b * q_stride_b
     k_ptr += b * kv_stride_b
     v_ptr += b * kv_stride_b
     out_base = b * H * W * (HEADS * D)
     index_ptr += b * index_stride_b + group * index_stride_m
 
-    q_region, q_token, q_valid = _own_tile(
-        tl.program_id(0) // (HEADS // LOOP), RH * RW, regions * RH * RW, DENSE, BLOCK_M
+    q_region, position, q_offset, q_inside, q_valid = _own_tile(
+        tile, H, W, RH, RW, regions, q_stride_h, q_stride_w, DENSE, BLOCK_M
     )  # fmt: skip
-    row, col = _locate(q_token, q_region, W, RH, RW)
-    q_inside = q_valid & (row < H) & (col < W)
-    q_offset = row * q_stride_h + col * q_stride_w
-    out_offset = (row * W + col) * (HEADS * D)
-    n = tl.arange(0, BLOCK_N)
-    if DENSE:
-        k_region = _divide(n, kv_tokens)
-        k_token = n - k_region * kv_tokens
-        keep = n < kv_regions * kv_tokens
-    else:
-        region = (tl.program_id(0) // (HEADS // LOOP)) // tl.cdiv(RH * RW, BLOCK_M)
-        k_region, k_token, keep = _listed_tile(n, index_ptr + region * topk, kv_tokens, topk * kv_tokens)
-    k_row, k_col = _locate(k_token, k_region, KW, KRH, KRW)
-    k_inside = keep & (k_row < KH) & (k_col < KW)
-    k_offset = k_row * kv_stride_h + k_col * kv_stride_w
-    if MASK_PADDING:
-        keep = k_inside
+    out_offset = position * (HEADS * D)
+    k_region, k_offset, k_inside, keep = _all_keys(
+        index_ptr + (tile // tl.cdiv(RH * RW, BLOCK_M)) * topk, topk, KH, KW, KRH, KRW, kv_regions,
+        kv_stride_h, kv_stride_w, DENSE, MASK_PADDING, BLOCK_N,
+    )  # fmt: skip
     keep_pair = keep[None, :] & q_inside[:, None]
     if DENSE:
         keep_pair = keep_pair & _routed(index_ptr, q_region, q_valid, k_region, topk, BLOCK_K)
@@ -306,7 +319,7 @@ def _dq_tile_kernel(
         grad = _load_tokens(grad_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, not EVEN)
         out = _load_tokens(out_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, not EVEN)
         delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-        stat = (b * HEADS + head) * H * W + row * W + col
+        stat = (b * HEADS + head) * H * W + position
         tl.store(delta_ptr + stat, delta, mask=q_inside)
         lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
         _, ds = _softmax_gradient(q, k, grad, v, lse[:, None], delta[:, None], keep_pair, scale * LOG2E)
@@ -326,32 +339,30 @@ def _dq_walk_kernel(
     b = tl.program_id(1).to(tl.int64)
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS
-    kv_tokens = KRH * KRW
-    total = topk * kv_tokens
+    total = topk * KRH * KRW
     out_base = b * H * W * (HEADS * D) + head * D
     k_ptr += b * kv_stride_b + head * D
     v_ptr += b * kv_stride_b + head * D
     index_ptr += b * index_stride_b + head * index_stride_m + (tile // tl.cdiv(RH * RW, BLOCK_M)) * topk
 
-    q_region, q_token, q_valid = _own_tile(tile, RH * RW, 0, False, BLOCK_M)
-    row, col = _locate(q_token, q_region, W, RH, RW)
-    q_inside = q_valid & (row < H) & (col < W)
-    q_offset = row * q_stride_h + col * q_stride_w
+    own_region, position, q_offset, q_inside, own_valid = _own_tile(
+        tile, H, W, RH, RW, regions, q_stride_h, q_stride_w, False, BLOCK_M
+    )  # fmt: skip
     q = _load_tokens(q_ptr + b * q_stride_b + head * D, q_offset, q_inside, D, BLOCK_D, True)
-    out_offset = (row * W + col) * (HEADS * D)
+    out_offset = position * (HEADS * D)
     grad = _load_tokens(grad_ptr + out_base, out_offset, q_inside, D, BLOCK_D, True)
     out = _load_tokens(out_ptr + out_base, out_offset, q_inside, D, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    stat = ((b * HEADS + head) * H + row) * W + col
+    stat = (b * HEADS + head) * H * W + position
     tl.store(delta_ptr + stat, delta, mask=q_inside)
     lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, total, BLOCK_N):
-        k_region, k_token, keep = _listed_tile(start + tl.arange(0, BLOCK_N), index_ptr, kv_tokens, total)
-        k_row, k_col = _locate(k_token, k_region, KW, KRH, KRW)
-        k_inside = keep & (k_row < KH) & (k_col < KW)
-        k_offset = k_row * kv_stride_h + k_col * kv_stride_w
+        n = start + tl.arange(0, BLOCK_N)
+        k_position, k_offset, k_inside, keep = _listed_tile(
+            n, index_ptr, total, KH, KW, KRH, KRW, kv_stride_h, kv_stride_w
+        )  # fmt: skip
         k = _load_tokens(k_ptr, k_offset, k_inside, D, BLOCK_D, True)
         v = _load_tokens(v_ptr, k_offset, k_inside, D, BLOCK_D, True)
         if MASK_PADDING:
@@ -381,20 +392,14 @@ def _dkv_tile_kernel(
     kv_base = b * KH * KW * (HEADS * D)
     index_ptr += b * index_stride_b + group * index_stride_m
 
-    k_region, k_token, k_valid = _own_tile(
-        tl.program_id(0) // (HEADS // LOOP), KRH * KRW, kv_regions * KRH * KRW, True, BLOCK_N
+    k_region, k_position, k_offset, k_inside, k_valid = _own_tile(
+        tl.program_id(0) // (HEADS // LOOP), KH, KW, KRH, KRW, kv_regions, kv_stride_h, kv_stride_w, True, BLOCK_N
     )  # fmt: skip
-    k_row, k_col = _locate(k_token, k_region, KW, KRH, KRW)
-    k_inside = k_valid & (k_row < KH) & (k_col < KW)
-    k_offset = k_row * kv_stride_h + k_col * kv_stride_w
-    dk_offset = (k_row * KW + k_col) * (HEADS * D)
-    m = tl.arange(0, BLOCK_M)
-    q_region = _divide(m, RH * RW)
-    q_valid = m < regions * RH * RW
-    row, col = _locate(m - q_region * (RH * RW), q_region, W, RH, RW)
-    q_inside = q_valid & (row < H) & (col < W)
-    q_offset = row * q_stride_h + col * q_stride_w
-    out_offset = (row * W + col) * (HEADS * D)
+    dk_offset = k_position * (HEADS * D)
+    q_region, position, q_offset, q_inside, q_valid = _own_tile(
+        0, H, W, RH, RW, regions, q_stride_h, q_stride_w, True, BLOCK_M
+    )  # fmt: skip
+    out_offset = position * (HEADS * D)
     routed = _routed(index_ptr, q_region, q_valid, k_region, topk, BLOCK_K)
     keep_pair = tl.trans(routed) & k_inside[:, None] & q_inside[None, :]  # [BLOCK_N, BLOCK_M]
 
@@ -404,7 +409,7 @@ def _dkv_tile_kernel(
         v = _load_tokens(v_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
         q = _load_tokens(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, True)
         grad = _load_tokens(grad_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, True)
-        stat = (b * HEADS + head) * H * W + row * W + col
+        stat = (b * HEADS + head) * H * W + position
         lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
         delta = tl.load(delta_ptr + stat, mask=q_inside, other=0.0)
         p, ds = _softmax_gradient(k, q, v, grad, lse[None, :], delta[None, :], keep_pair, scale * LOG2E)
@@ -432,32 +437,30 @@ def _dkv_walk_kernel(
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS
     kv_region = tile // tl.cdiv(KRH * KRW, BLOCK_N)
-    tokens = RH * RW
     out_base = b * H * W * (HEADS * D) + head * D
     stat_base = (b * HEADS + head) * H * W
     q_ptr += b * q_stride_b + head * D
 
-    k_region, k_token, k_valid = _own_tile(tile, KRH * KRW, 0, False, BLOCK_N)
-    k_row, k_col = _locate(k_token, k_region, KW, KRH, KRW)
-    k_inside = k_valid & (k_row < KH) & (k_col < KW)
-    k_offset = k_row * kv_stride_h + k_col * kv_stride_w
+    own_region, k_position, k_offset, k_inside, own_valid = _own_tile(
+        tile, KH, KW, KRH, KRW, kv_regions, kv_stride_h, kv_stride_w, False, BLOCK_N
+    )  # fmt: skip
     k = _load_tokens(k_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
     v = _load_tokens(v_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
     graph = b * INDEX_HEADS + (head if INDEX_HEADS > 1 else 0)
     start_ptr = reader_start_ptr + graph * (kv_regions + 1) + kv_region
     begin = tl.load(start_ptr)
-    total = (tl.load(start_ptr + 1) - begin) * tokens
+    total = (tl.load(start_ptr + 1) - begin) * RH * RW
     reader_ptr += graph * regions * topk + begin
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, total, BLOCK_M):
-        q_region, q_token, q_valid = _listed_tile(start + tl.arange(0, BLOCK_M), reader_ptr, tokens, total)
-        row, col = _locate(q_token, q_region, W, RH, RW)
-        q_inside = q_valid & (row < H) & (col < W)
-        q = _load_tokens(q_ptr, row * q_stride_h + col * q_stride_w, q_inside, D, BLOCK_D, True)
-        grad = _load_tokens(grad_ptr + out_base, (row * W + col) * (HEADS * D), q_inside, D, BLOCK_D, True)
-        stat = stat_base + row * W + col
+        position, q_offset, q_inside, q_valid = _listed_tile(
+            start + tl.arange(0, BLOCK_M), reader_ptr, total, H, W, RH, RW, q_stride_h, q_stride_w
+        )  # fmt: skip
+        q = _load_tokens(q_ptr, q_offset, q_inside, D, BLOCK_D, True)
+        grad = _load_tokens(grad_ptr + out_base, position * (HEADS * D), q_inside, D, BLOCK_D, True)
+        stat = stat_base + position
         lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
         delta = tl.load(delta_ptr + stat, mask=q_inside, other=0.0)
         # Queries past the end load zeros, which add nothing; keys past the end are not stored.
@@ -466,7 +469,7 @@ def _dkv_walk_kernel(
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
     kv_base = b * KH * KW * (HEADS * D) + head * D
-    dk_offset = (k_row * KW + k_col) * (HEADS * D)
+    dk_offset = k_position * (HEADS * D)
     _store_tokens(dk_ptr + kv_base, dk * scale, dk_offset, k_inside, D, BLOCK_D)
     _store_tokens(dv_ptr + kv_base, dv, dk_offset, k_inside, D, BLOCK_D)
 
