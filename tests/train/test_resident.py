@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from zoo.train import resident
 from zoo.train.resident import DeviceImages, Recipe, jitter_colours, learning_rate, mix_images, random_boxes, train
 
 
@@ -68,9 +69,25 @@ def test_a_run_learns_and_repeats(images: DeviceImages) -> None:
         data_config=dict(input_size=[3, 32, 32], mean=[0.5] * 3, std=[0.3] * 3), hparams=SimpleNamespace(num_classes=2)
     )
     recipe = Recipe(epochs=4, batch_size=16, ema=0.5, mix=0.2, erase=0.2, drop_path=0.0)
-    first, second = (train(recipe, data, images, 0, "test_convnext") for _ in range(2))
+    (first, finished), (second, _) = (train(recipe, data, images, 0, "test_convnext") for _ in range(2))
+    assert finished
     x = (images.crops(torch.arange(48), 32, (0.5, 1.0)) - 0.5) / 0.3
     with torch.no_grad():
         logits = first(x)
         assert torch.equal(logits, second(x))
     assert (logits.argmax(1) == images.labels).float().mean() > 0.9
+
+
+def test_an_interrupt_keeps_the_average(images: DeviceImages, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def interrupt(step: int, steps: int, peak: float) -> float:
+        if step == 2:
+            raise KeyboardInterrupt
+        return peak
+
+    monkeypatch.setattr(resident, "learning_rate", interrupt)
+    data = SimpleNamespace(
+        data_config=dict(input_size=[3, 32, 32], mean=[0.5] * 3, std=[0.3] * 3), hparams=SimpleNamespace(num_classes=2)
+    )
+    net, finished = train(Recipe(epochs=9, batch_size=16), data, images, 0, "test_convnext")
+    assert not finished and net(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+    assert "interrupted after 2 of 27 steps" in capsys.readouterr().out

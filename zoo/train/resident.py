@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,8 +239,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(recipe: Recipe, data: ImageDataModule, images: DeviceImages, seed: int, model: str) -> nn.Module:
-    """Train from scratch and return the averaged network.
+def train(recipe: Recipe, data: ImageDataModule, images: DeviceImages, seed: int, model: str) -> tuple[nn.Module, bool]:
+    """Train from scratch; return the averaged network and whether the run ended without an interrupt.
 
     Args:
         recipe: What to do.
@@ -260,24 +261,28 @@ def train(recipe: Recipe, data: ImageDataModule, images: DeviceImages, seed: int
     steps, start = per_epoch * recipe.epochs, time.time()
     size = config["input_size"][-1]
     eye = torch.eye(classes, device=device) * (1 - recipe.label_smoothing) + recipe.label_smoothing / classes
-    for i in range(steps):
-        if i % per_epoch == 0:
-            order = torch.randperm(len(images), device=device)
-        index = order[(i % per_epoch) * recipe.batch_size :][: recipe.batch_size]
-        x, target = images.crops(index, size, recipe.scale), eye[images.labels[index]]
-        if recipe.jitter:
-            x = jitter_colours(x, recipe.jitter)
-        x = (x - mean) / std
-        if recipe.erase:
-            chosen = (torch.rand(len(x), device=device) < recipe.erase) * torch.rand(len(x), device=device) * 0.3
-            x = torch.where(random_boxes(len(x), size, chosen, device), torch.randn_like(x), x)
-        if recipe.mix and np.random.rand() < recipe.mix:
-            x, target = mix_images(x, target)
-        loss = step(x, target, learning_rate(i, steps, recipe.lr))
-        if (i + 1) % (per_epoch * max(1, recipe.epochs // 10)) == 0:
-            seconds = time.time() - start
-            print(f"seed {seed} epoch {(i + 1) // per_epoch} loss {float(loss):.3f} {seconds:.0f} s", flush=True)
-    return step.average.eval()
+    try:
+        for i in range(steps):
+            if i % per_epoch == 0:
+                order = torch.randperm(len(images), device=device)
+            index = order[(i % per_epoch) * recipe.batch_size :][: recipe.batch_size]
+            x, target = images.crops(index, size, recipe.scale), eye[images.labels[index]]
+            if recipe.jitter:
+                x = jitter_colours(x, recipe.jitter)
+            x = (x - mean) / std
+            if recipe.erase:
+                chosen = (torch.rand(len(x), device=device) < recipe.erase) * torch.rand(len(x), device=device) * 0.3
+                x = torch.where(random_boxes(len(x), size, chosen, device), torch.randn_like(x), x)
+            if recipe.mix and np.random.rand() < recipe.mix:
+                x, target = mix_images(x, target)
+            loss = step(x, target, learning_rate(i, steps, recipe.lr))
+            if (i + 1) % (per_epoch * max(1, recipe.epochs // 10)) == 0:
+                seconds = time.time() - start
+                print(f"seed {seed} epoch {(i + 1) // per_epoch} loss {float(loss):.3f} {seconds:.0f} s", flush=True)
+    except KeyboardInterrupt:
+        print(f"interrupted after {i} of {steps} steps; the average so far is kept", flush=True)
+        return step.average.eval(), False
+    return step.average.eval(), True
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -292,6 +297,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, help="other than the recipe's")
     args = parser.parse_args(argv)
+    # A time limit ends processes by this signal.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     recipe = RECIPES[args.recipe]
     if args.epochs:
         recipe = Recipe(**{**vars(recipe), "epochs": args.epochs})
@@ -303,10 +310,12 @@ def main(argv: list[str] | None = None) -> None:
     data_config = dict(data.data_config)
     label_names = data_config.pop("label_names")
     for seed in args.seeds:
-        net = train(recipe, data, images, seed, args.model).cpu()
+        net, finished = train(recipe, data, images, seed, args.model)
         folder = Path(f"{args.out}-{seed}")
-        hub.save_model(net, folder, label_names=label_names, data_config=data_config, half=True)
+        hub.save_model(net.cpu(), folder, label_names=label_names, data_config=data_config, half=True)
         print(f"wrote {folder}", flush=True)
+        if not finished:
+            break
 
 
 if __name__ == "__main__":
