@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zoo.kernels.bilevel_routing import reference
+from zoo.kernels.bilevel_routing import reference, triton_routing
 from zoo.kernels.bilevel_routing import triton as kernels
 from zoo.kernels.depthwise_conv import reference as conv_reference
 from zoo.kernels.depthwise_conv import triton as conv_kernels
@@ -77,7 +77,7 @@ def test_attention_with_a_graph_per_head() -> None:
 @pytest.mark.parametrize(("size", "region", "topk"), [((5, 7), (2, 3), 3), ((6, 6), (1, 2), 16)])
 def test_routing(size: tuple, region: tuple, topk: int) -> None:
     q, k = torch.randn(2, 2, *size, 24)
-    index, weight = kernels.route(q, k, region, region, topk, 0.4)
+    index, weight = triton_routing.route(q, k, region, region, topk, 0.4)
     expected = reference.route_regions(q, k, region, region, topk, 0.4)
     assert torch.equal(index, expected[0])
     torch.testing.assert_close(weight, expected[1], rtol=1e-4, atol=1e-6)
@@ -85,7 +85,7 @@ def test_routing(size: tuple, region: tuple, topk: int) -> None:
 
 def test_transposed_graph() -> None:
     index = torch.tensor([[[0, 2], [2, 1], [0, 2]]], dtype=torch.int32)
-    reader, start = kernels.transpose_graph(index, 4)
+    reader, start = triton_routing.transpose_graph(index, 4)
     assert start.tolist() == [[0, 2, 3, 6, 6]] and reader.tolist() == [[0, 2, 1, 0, 1, 2]]
 
 

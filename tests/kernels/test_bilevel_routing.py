@@ -295,6 +295,9 @@ def test_limits_of_the_kernels_are_explained() -> None:
     large = torch.empty(1, 2**16, 2**15, 1, device="meta")
     with pytest.raises(NotImplementedError, match="limit is an image of"):
         can_run(_OnGpu(large), _OnGpu(large), large, heads=1, scale=1.0, raise_error=True)
+    many = torch.empty(1, 2048, 1024, 1, device="meta")
+    with pytest.raises(NotImplementedError, match="limit is an image of 1048576 tokens"):
+        can_run(_OnGpu(many), _OnGpu(many), many, heads=1, scale=1.0, raise_error=True)
     with pytest.raises(NotImplementedError, match="limit is 1024 regions, got 2000"):
         can_route(_OnGpu(x), _OnGpu(x), 2000, raise_error=True)
 

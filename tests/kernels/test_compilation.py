@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from zoo.kernels.bilevel_routing import triton as attention
+from zoo.kernels.bilevel_routing import triton_routing
 from zoo.kernels.depthwise_conv import triton as conv
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
@@ -89,7 +90,7 @@ def launch_attention(name: str) -> None:
     q, k, v = torch.empty(4, *size, 3 * C, dtype=torch.bfloat16).split(C, -1)
     index = torch.zeros(4, -(-size[0] // region[0]) * -(-size[1] // region[1]), topk, dtype=torch.int32)
     settings = (heads, region, region, 0.125, False, True)
-    attention.route(q, k, region, region, topk, 1.0)
+    triton_routing.route(q, k, region, region, topk, 1.0)
     out, lse = attention.forward(q, k, v, index, *settings)
     attention.backward(out, q, k, v, out, lse, index, *settings)
 

@@ -40,6 +40,8 @@ def refuse(reasons: list[str], op: str, raise_error: bool) -> bool:
 # Tokens of an image are addressed in 32 bits, and images are a second dimension of a launch.
 MAX_OFFSET = 2**31
 MAX_BATCH = 65535
+# Kernels divide token numbers in float32, exactly up to here.
+MAX_TOKENS = 2**20
 
 
 def map_reasons(name: str, x: Tensor) -> list[str]:
@@ -53,4 +55,6 @@ def map_reasons(name: str, x: Tensor) -> list[str]:
         reasons.append(f"its limit is a batch of {MAX_BATCH}, got {name} of shape {tuple(x.shape)}.")
     if x.stride(1) * x.shape[1] >= MAX_OFFSET:
         reasons.append(f"its limit is an image of {MAX_OFFSET} elements, got {name} of shape {tuple(x.shape)}.")
+    if x.shape[1] * x.shape[2] > MAX_TOKENS:
+        reasons.append(f"its limit is an image of {MAX_TOKENS} tokens, got {name} of shape {tuple(x.shape)}.")
     return reasons

@@ -101,9 +101,9 @@ def _(grad, q, k, v, out, lse, index, heads, region, kv_region, *args, out_shape
 def _route(
     q: Tensor, k: Tensor, region: list[int], kv_region: list[int], topk: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    from zoo.kernels.bilevel_routing import triton
+    from zoo.kernels.bilevel_routing import triton_routing
 
-    return triton.route(q, k, region, kv_region, topk, scale)
+    return triton_routing.route(q, k, region, kv_region, topk, scale)
 
 
 @_route.register_kernel("cpu")

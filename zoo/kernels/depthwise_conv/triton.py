@@ -86,7 +86,7 @@ def _weight_grad_kernel(
     a0, a1, a2, a3, a4, a5, a6, bias = zero, zero, zero, zero, zero, zero, zero, zero
     for start in range(begin, end, BLOCK_P):
         t = start + tl.arange(0, BLOCK_P)
-        row = ((t.to(tl.float32) + 0.5) / W).to(tl.int32)  # exact below 2**22 tokens
+        row = ((t.to(tl.float32) + 0.5) / W).to(tl.int32)  # exact up to 2**20 tokens
         col = t - row * W
         g = tl.load(
             grad_ptr + (t * C)[:, None] + c[None, :], mask=(t < end)[:, None] & c_inside[None, :], other=0.0
