@@ -125,6 +125,35 @@ def test_quick_writes_only_where_told(toy, tmp_path, monkeypatch):
     assert not (tmp_path / "default").exists()
 
 
+def test_filtered_peers_are_not_even_checked(toy, tmp_path):
+    calls = []
+
+    def peer(inputs):
+        calls.append(inputs)
+        return inputs["x"] ** 2
+
+    suite = toy(lambda inputs: inputs["x"] ** 2, peer)
+    assert quick(suite, "--filter", "(zoo|plain)$", "--out", str(tmp_path)) == 0
+    assert {row["provider"] for row in rows_of(tmp_path / "toy.csv")} == {"zoo", "plain"}
+    assert not calls
+
+
+def test_a_run_that_is_cut_off_keeps_its_rows(monkeypatch, write_suite, tmp_path):
+    calls = []
+
+    def ours(inputs):
+        calls.append(len(inputs["x"]))
+        if calls[-1] == 3:
+            raise KeyboardInterrupt
+        return inputs["x"] ** 2
+
+    monkeypatch.setitem(OPS, "toy", Square(ours))
+    suite = write_suite(ops=["toy"], shapes=[{"name": "first", "batch": 2}, {"name": "second", "batch": 3}])
+    with pytest.raises(KeyboardInterrupt):
+        quick(suite, "--out", str(tmp_path))
+    assert {row["config"] for row in rows_of(tmp_path / "toy.csv")} == {"first batch=2"}
+
+
 def test_filter_and_dtype(toy, tmp_path):
     suite = toy(lambda inputs: inputs["x"] ** 2)
     options = ["--filter", "backward", "--filter", "zoo$", "--dtype", "bfloat16", "--out", str(tmp_path)]

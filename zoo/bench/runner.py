@@ -43,11 +43,22 @@ class Options:
 
 
 class Outcome:
-    """Rows of one suite and the number of failures."""
+    """Rows of one suite and the number of failures.
 
-    def __init__(self) -> None:
+    Args:
+        path: CSV file that receives rows as they are measured, so that a run that is cut off keeps them; None for none.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
         self.rows: list[dict[str, Any]] = []
         self.failures = 0
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Keep rows and write them."""
+        self.rows += rows
+        if self.path and rows:
+            report.append(self.path, rows)
 
     def fail(self, message: str) -> None:
         """Report a failure that the exit status reflects."""
@@ -129,13 +140,15 @@ def make_options(args: argparse.Namespace) -> Options:
 
 
 def run(chosen: Sequence[suites.Suite], options: Options) -> int:
-    """Run suites one after the other; results are saved after each."""
+    """Run suites one after the other."""
     failures, measured = 0, 0
     for suite in chosen:
         if options.profile and suite.kind == "ops":
             note(f"{suite.name}: --profile is for model suites, skipped")
             continue
-        outcome = Outcome()
+        saved = options.out or not options.quick
+        path = (options.out or suites.results_folder()) / f"{suite.name}.csv" if saved else None
+        outcome = Outcome(path)
         if suite.kind == "ops":
             run_ops(suite, options, outcome)
         else:
@@ -144,9 +157,7 @@ def run(chosen: Sequence[suites.Suite], options: Options) -> int:
         measured += len(outcome.rows)
         if outcome.rows:
             report.show(suite.name, outcome.rows)
-            if options.out or not options.quick:
-                path = (options.out or suites.results_folder()) / f"{suite.name}.csv"
-                report.append(path, outcome.rows)
+            if path:
                 note(f"{len(outcome.rows)} rows appended to {path}")
     if not measured and not failures and not options.profile:
         note("zoo bench: the filters leave nothing to run")
@@ -191,7 +202,9 @@ def run_case(
     torch.compiler.reset()
     label = f"{name} [{config}] {dtype}"
     try:
-        refused = gate.check(op, shape, suites.DTYPES[dtype], device, list(providers))
+        # What the filters leave out is not checked either: compiling a peer can take longer than all timings.
+        chosen = [provider for provider in providers if any(provider == left for _, left in wanted)]
+        refused = gate.check(op, shape, suites.DTYPES[dtype], device, chosen)
     except Exception as error:  # a crash costs this case, never the rest of the run
         outcome.fail(f"{label}: refused, the correctness check did not run: {summary(error)}")
         return
@@ -226,7 +239,7 @@ def run_case(
                 )
             )
         add_speedups(rows, op.baseline)
-        outcome.rows += rows
+        outcome.add(rows)
 
 
 def make_call(op: Op, function: Provider, inputs: Inputs, backward: bool, grad: torch.Tensor | None = None):
@@ -336,18 +349,17 @@ def run_models(suite: suites.Suite, options: Options, outcome: Outcome) -> None:
         except Exception as error:  # out of memory, a compiler's failure: this job only
             outcome.fail(f"{label}: {summary(error)}")
             continue
-        outcome.rows.append(
-            report.make_row(
-                options.device,
-                suite=suite.name,
-                name=job.model,
-                provider=provider,
-                config=job.config,
-                dtype=dtype,
-                mode=job.mode,
-                **values,
-            )  # fmt: skip
+        row = report.make_row(
+            options.device,
+            suite=suite.name,
+            name=job.model,
+            provider=provider,
+            config=job.config,
+            dtype=dtype,
+            mode=job.mode,
+            **values,
         )
+        outcome.add([row])
 
 
 def measure_model(job: models.Job, options: Options) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def _export_and_check(checkpoint: Path, out: Path) -> bool:
         num_workers=0,
     )
     data.setup("test")
-    # Every third digit was held out of the training.
+    # The third of the digits that the training did not see.
     right = total = 0
     equal = True
     with torch.inference_mode():
