@@ -16,6 +16,7 @@ import timm
 import torch
 from timm.models import get_arch_name, get_pretrained_cfg, is_model, model_entrypoint, parse_model_name
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo import hub
@@ -181,7 +182,9 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
 def _measure(name: str, input_size: tuple[int, ...]) -> tuple[int, int]:
     with torch.device("meta"):
         model = timm.create_model(name)
-    return count_params(model), count_macs(model, input_size)
+    # The forward pass runs on fake CPU tensors, because autocast regions inside models do not know the meta device.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return count_params(model), count_macs(model.to_empty(device="cpu"), input_size)
 
 
 def _check_name(name: str) -> None:
