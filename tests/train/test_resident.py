@@ -6,10 +6,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from zoo.train import resident
-from zoo.train.resident import DeviceImages, Recipe, jitter_colours, learning_rate, mix_images, random_boxes, train
+from zoo.train.distillation import Distillation, Distiller
+from zoo.train.resident import (
+    DeviceImages,
+    Recipe,
+    fit_teacher,
+    jitter_colours,
+    learning_rate,
+    mix_images,
+    random_boxes,
+    train,
+    training_batches,
+)
 
 
 @pytest.fixture
@@ -91,3 +103,20 @@ def test_an_interrupt_keeps_the_average(images: DeviceImages, monkeypatch: pytes
     net, finished = train(Recipe(epochs=9, batch_size=16), data, images, 0, "test_convnext")
     assert not finished and net(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
     assert "interrupted after 2 of 27 steps" in capsys.readouterr().out
+
+
+def test_the_teacher_is_fitted_and_frozen_again(images: DeviceImages, tmp_path) -> None:
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_efficientnet").state_dict(), tmp_path / "teacher.pth")
+    distiller = Distiller(Distillation("test_efficientnet", str(tmp_path / "teacher.pth")), 8, num_classes=2)
+    config = dict(input_size=[3, 32, 32], mean=[0.5] * 3, std=[0.3] * 3)
+    distiller.set_input_stats(config["mean"], config["std"])
+    batches = training_batches(Recipe(epochs=1, batch_size=16), images, config, 2)
+    before = {name: value.clone() for name, value in distiller.teacher.state_dict().items()}
+    fit_teacher(distiller, batches, 40, lr=3e-3)
+    x, target = next(batches)
+    assert (distiller.probe(distiller.embed(x)).argmax(1) == target.argmax(1)).float().mean() > 0.8
+    after = distiller.teacher.state_dict()
+    assert not torch.equal(before["conv_stem.weight"], after["conv_stem.weight"])
+    assert torch.equal(before["bn1.running_mean"], after["bn1.running_mean"])
+    assert not any(p.requires_grad for p in distiller.teacher.parameters()) and not distiller.teacher.training

@@ -138,14 +138,22 @@ class Distiller(nn.Module):
         self._scale = stats[1] / stats[3]
         self._shift = (stats[0] - stats[2]) / stats[3]
 
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    def features(self, x: Tensor) -> Tensor:
+        """The teacher's pooled embedding of a batch that is normalised for the student."""
+        if next(self.teacher.parameters()).device != x.device:
+            self.teacher.to(x.device)
+            self._scale, self._shift = self._scale.to(x.device), self._shift.to(x.device)
+        return self.teacher(x * self._scale + self._shift).float()
+
     @torch.no_grad()
     def embed(self, x: Tensor) -> Tensor:
-        """The teacher's pooled embedding of a batch that is normalised for the student."""
-        teacher = self._teacher[0]
-        if next(teacher.parameters()).device != x.device:
-            teacher.to(x.device)
-            self._scale, self._shift = self._scale.to(x.device), self._shift.to(x.device)
-        return teacher(x * self._scale + self._shift).float()
+        """`features` without a gradient."""
+        return self.features(x)
 
     def losses(self, x: Tensor, logits: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Soft-label loss and feature loss of the student, and the probe's logits, which the labels train.

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 import signal
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,8 @@ class Recipe:
         drop_path: Stochastic depth of the last block.
         ema: Decay of the weight average.
         distillation: Teacher, or None.
+        teacher_epochs: Passes that fit the teacher to the classes before the student starts; 0 leaves it as it is.
+        data: Arguments of the data module.
     """
 
     epochs: int
@@ -61,6 +65,7 @@ class Recipe:
     drop_path: float = 0.05
     ema: float = 0.998
     distillation: Distillation | None = None
+    teacher_epochs: int = 0
     data: dict = field(default_factory=dict)
 
 
@@ -153,20 +158,63 @@ def mix_images(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(box, x.flip(0), x), target * kept + target.flip(0) * (1 - kept)
 
 
+def training_batches(
+    recipe: Recipe, images: DeviceImages, data_config: dict, classes: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless augmented and normalised batches with their soft targets, in a new random order each epoch."""
+    device, size = images.labels.device, data_config["input_size"][-1]
+    mean, std = (torch.tensor(data_config[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
+    targets = torch.eye(classes, device=device) * (1 - recipe.label_smoothing) + recipe.label_smoothing / classes
+    while True:
+        for index in torch.randperm(len(images), device=device).split(recipe.batch_size):
+            if len(index) < recipe.batch_size:
+                break
+            x, target = images.crops(index, size, recipe.scale), targets[images.labels[index]]
+            if recipe.jitter:
+                x = jitter_colours(x, recipe.jitter)
+            x = (x - mean) / std
+            if recipe.erase:
+                chosen = (torch.rand(len(x), device=device) < recipe.erase) * torch.rand(len(x), device=device) * 0.3
+                x = torch.where(random_boxes(len(x), size, chosen, device), torch.randn_like(x), x)
+            if recipe.mix and np.random.rand() < recipe.mix:
+                x, target = mix_images(x, target)
+            yield x, target
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return -(target * logits.float().log_softmax(-1)).sum(-1).mean()
+
+
+def fit_teacher(distiller: Distiller, batches: Iterator[tuple[Tensor, Tensor]], steps: int, lr: float = 3e-4) -> None:
+    """Fine-tune the teacher and its probe on the student's task; statistics of BatchNorm stay those of ImageNet.
+
+    A probe on frozen features caps what the student can learn from it.
+    """
+    distiller.embed(next(batches)[0])  # moves the teacher to the device of the data
+    teacher = distiller.teacher.requires_grad_(True)
+    params = [*teacher.parameters(), *distiller.probe.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.01)
+    for i, (x, target) in enumerate(itertools.islice(batches, steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(i, steps, lr)
+        loss = soft_cross_entropy(distiller.probe(distiller.features(x)), target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    teacher.requires_grad_(False)
+
+
 class Step:
     """One training step on buffers `x` and `target`: a CUDA graph on a GPU, plain calls elsewhere."""
 
-    def __init__(self, net: nn.Module, recipe: Recipe, data_config: dict, num_classes: int, device) -> None:
-        self.net, self.recipe, self.device = net, recipe, device
-        size = data_config["input_size"][-1]
-        self.x = torch.zeros(recipe.batch_size, 3, size, size, device=device).to(memory_format=torch.channels_last)
-        self.target = torch.full((recipe.batch_size, num_classes), 1 / num_classes, device=device)
-        self.distiller = None
-        modules = nn.ModuleList([net])
-        if recipe.distillation is not None:
-            self.distiller = Distiller(recipe.distillation, net.num_features, num_classes).to(device)
-            self.distiller.set_input_stats(data_config["mean"], data_config["std"])
-            modules.append(self.distiller)
+    def __init__(
+        self, net: nn.Module, distiller: Distiller | None, recipe: Recipe, batch: tuple[Tensor, Tensor]
+    ) -> None:
+        self.net, self.distiller, self.recipe, self.device = net, distiller, recipe, batch[0].device
+        device = self.device
+        self.x = batch[0].to(memory_format=torch.channels_last, copy=True)
+        self.target = batch[1].clone()
+        modules = nn.ModuleList([net] if distiller is None else [net, distiller])
         on_gpu = device.type == "cuda"
         self.lr = torch.tensor(0.0, device=device)
         groups = param_groups_weight_decay(modules, recipe.weight_decay)
@@ -182,11 +230,11 @@ class Step:
     def _loss(self) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
             logits, embedding = _logits_and_embedding(self.net, self.x)
-            label = -(self.target * logits.float().log_softmax(-1)).sum(-1).mean()
+            label = soft_cross_entropy(logits, self.target)
             if self.distiller is None:
                 return label
             soft, feature, probe_logits = self.distiller.losses(self.x, logits, embedding)
-        probe = -(self.target * probe_logits.float().log_softmax(-1)).sum(-1).mean()
+        probe = soft_cross_entropy(probe_logits, self.target)
         settings = self.distiller.settings
         return (1 - settings.alpha) * label + settings.alpha * soft + settings.feature_weight * feature + probe
 
@@ -253,28 +301,19 @@ def train(recipe: Recipe, data: ImageDataModule, images: DeviceImages, seed: int
     np.random.seed(seed)
     device = images.labels.device
     config, classes = data.data_config, data.hparams.num_classes
-    mean, std = (torch.tensor(config[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
     net = timm.create_model(model, num_classes=classes, drop_path_rate=recipe.drop_path).to(device)
     net = net.to(memory_format=torch.channels_last).train()
-    step = Step(net, recipe, config, classes, device)
     per_epoch = len(images) // recipe.batch_size
+    batches = training_batches(recipe, images, config, classes)
+    distiller = None
+    if recipe.distillation is not None:
+        distiller = Distiller(recipe.distillation, net.num_features, classes).to(device)
+        distiller.set_input_stats(config["mean"], config["std"])
+        fit_teacher(distiller, batches, per_epoch * recipe.teacher_epochs)
+    step = Step(net, distiller, recipe, next(batches))
     steps, start = per_epoch * recipe.epochs, time.time()
-    size = config["input_size"][-1]
-    eye = torch.eye(classes, device=device) * (1 - recipe.label_smoothing) + recipe.label_smoothing / classes
     try:
-        for i in range(steps):
-            if i % per_epoch == 0:
-                order = torch.randperm(len(images), device=device)
-            index = order[(i % per_epoch) * recipe.batch_size :][: recipe.batch_size]
-            x, target = images.crops(index, size, recipe.scale), eye[images.labels[index]]
-            if recipe.jitter:
-                x = jitter_colours(x, recipe.jitter)
-            x = (x - mean) / std
-            if recipe.erase:
-                chosen = (torch.rand(len(x), device=device) < recipe.erase) * torch.rand(len(x), device=device) * 0.3
-                x = torch.where(random_boxes(len(x), size, chosen, device), torch.randn_like(x), x)
-            if recipe.mix and np.random.rand() < recipe.mix:
-                x, target = mix_images(x, target)
+        for i, (x, target) in enumerate(itertools.islice(batches, steps)):
             loss = step(x, target, learning_rate(i, steps, recipe.lr))
             if (i + 1) % (per_epoch * max(1, recipe.epochs // 10)) == 0:
                 seconds = time.time() - start
@@ -283,6 +322,13 @@ def train(recipe: Recipe, data: ImageDataModule, images: DeviceImages, seed: int
         print(f"interrupted after {i} of {steps} steps; the average so far is kept", flush=True)
         return step.average.eval(), False
     return step.average.eval(), True
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, data: ImageDataModule, split: str, device: torch.device) -> float:
+    """Share of the images of a split that a network classifies correctly."""
+    hits = [(net(x.to(device)).argmax(1) == y.to(device)).float() for x, y in data.eval_dataloader(split)]
+    return torch.cat(hits).mean().item()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -301,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     recipe = RECIPES[args.recipe]
     if args.epochs:
-        recipe = Recipe(**{**vars(recipe), "epochs": args.epochs})
+        recipe = replace(recipe, epochs=args.epochs)
     module = TarFolderData if args.recipe == "clothing10" else FashionMnistData
     data = module(root=args.root, **recipe.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -311,6 +357,7 @@ def main(argv: list[str] | None = None) -> None:
     label_names = data_config.pop("label_names")
     for seed in args.seeds:
         net, finished = train(recipe, data, images, seed, args.model)
+        print(f"seed {seed} validation accuracy {accuracy(net, data, 'val', device):.2%}", flush=True)
         folder = Path(f"{args.out}-{seed}")
         hub.save_model(net.cpu(), folder, label_names=label_names, data_config=data_config, half=True)
         print(f"wrote {folder}", flush=True)
