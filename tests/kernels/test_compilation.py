@@ -22,13 +22,14 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 OPTIONS = ("num_warps", "num_stages")
 ARCHITECTURES = (80, 90, 100)
 
-# Stages 1 to 3 of BiFormer at 224 pixels, and stage 1 at 512: (map, channels, heads, region, topk). The last one has
-# more keys than a tile holds.
+# Stages 1 to 3 of BiFormer at 224 pixels, and stages 1 and 3 at 512: (map, channels, heads, region, topk). The last one
+# has more keys than a tile holds.
 STAGES = {
     "stage1": ((56, 56), 64, 2, (8, 8), 1),
     "stage2": ((28, 28), 128, 4, (4, 4), 4),
     "stage3": ((14, 14), 256, 8, (2, 2), 16),
     "stage1_512": ((128, 128), 64, 2, (16, 16), 1),
+    "stage3_512": ((32, 32), 256, 8, (4, 4), 16),
     "large": ((40, 40), 64, 2, (20, 20), 1),
 }
 # Stack bytes that are known. Configurations were chosen by their time on an H100, where those that spill were the

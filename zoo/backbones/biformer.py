@@ -713,6 +713,7 @@ default_cfgs = generate_default_cfgs(
         "biformer_base.untrained": _cfg(),
         "biformer_stl.untrained": _cfg(),
         "biformer_stl_nchw.untrained": _cfg(),
+        "biformer_nano.zoo_clothing10": _embedded("biformer_nano.zoo_clothing10"),
         "biformer_nano.zoo_fashion_mnist": _embedded("biformer_nano.zoo_fashion_mnist"),
     }
 )

@@ -6,6 +6,7 @@ import torch
 from timm.layers import use_fused_attn
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zoo.kernels import depthwise_conv2d
 
@@ -42,6 +43,10 @@ class Mlp(nn.Module):
         x = self.fc1(x)
         if self.dwconv is not None:
             x = self.dwconv(x)
+        if self.training and torch.compiler.is_compiling():
+            # Inductor would keep both sides of the activation for the backward pass; one is computed again for less
+            # than its memory is worth.
+            return self.fc2(checkpoint(self.act, x, use_reentrant=False, preserve_rng_state=False))
         return self.fc2(self.act(x))
 
 

@@ -120,7 +120,7 @@ def graph_time(calls: Sequence[Call], samples: int, min_seconds: float = 5e-3) -
 
 
 def peak_memory(build: Callable[[], Call], device: torch.device) -> float | None:
-    """Peak memory in MiB of building the inputs and calling once, above what was allocated before; None on a CPU.
+    """Peak memory in MiB of one call together with its inputs, above what was allocated before; None on a CPU.
 
     ``build`` makes the inputs and returns the call. It runs twice: compilation and autotuning fall into the first turn.
     """
@@ -131,8 +131,9 @@ def peak_memory(build: Callable[[], Call], device: torch.device) -> float | None
         torch.cuda.empty_cache()
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
         call = build()
+        # Making the inputs can take more than the call does.
+        torch.cuda.reset_peak_memory_stats(device)
         call()
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before

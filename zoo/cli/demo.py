@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-MODEL = "biformer_nano.zoo_fashion_mnist"
+MODEL = "biformer_nano.zoo_clothing10"
 CONFIG = "digits/biformer_nano"
 WANTED_ACCURACY = 0.97
 _EXTRAS = ("matplotlib", "sklearn", "skimage")

@@ -8,13 +8,21 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from zoo.train.checks import ConfigError, check_config, check_option, find_class, read_config
 from zoo.train.configs import find_config, list_configs
 from zoo.train.export import read_checkpoint
 
 _SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+class SaveTrainingConfig(SaveConfigCallback):
+    """Save the configuration of training runs only; measuring a model leaves no file behind."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 def _last_checkpoints(trainer: Trainer) -> list[Path]:
@@ -156,6 +164,7 @@ def main(args: list[str] | None = None) -> None:
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            save_config_callback=SaveTrainingConfig,
             auto_configure_optimizers=False,
             # Reproducible by default, and the same seed when a run is resumed.
             seed_everything_default=0,

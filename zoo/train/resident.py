@@ -71,13 +71,13 @@ class Recipe:
 
 RECIPES = {
     "clothing10": Recipe(
-        epochs=300, batch_size=128, lr=1.5e-3, weight_decay=0.1, jitter=0.4, erase=0.25, mix=0.5, drop_path=0.1,
-        ema=0.995,
-        distillation=Distillation(alpha=0.7, temperature=2.0, feature_weight=3.0),
+        epochs=300, batch_size=128, lr=1.5e-3, weight_decay=0.1, scale=(0.25, 1.0), jitter=0.4, erase=0.1, mix=0.9,
+        drop_path=0.1, ema=0.995,
+        distillation=Distillation(alpha=0.7, temperature=2.0, feature_weight=3.0), teacher_epochs=12,
         data=dict(num_classes=10, image_size=128, crop_pct=0.9, num_workers=0),
     ),
     "fashion_mnist": Recipe(
-        epochs=22, batch_size=256, scale=(0.7, 1.0), erase=0.15, mix=0.25, ema=0.998, lr=2e-3,
+        epochs=30, batch_size=256, scale=(0.7, 1.0), erase=0.15, mix=0.25, ema=0.998, lr=2e-3,
         data=dict(mean=(0.286,) * 3, std=(0.353,) * 3, interpolation="bilinear", num_workers=0),
     ),
 }  # fmt: skip

@@ -213,7 +213,7 @@ def _forward_walk_kernel(
     q_stride_b, q_stride_h, q_stride_w, kv_stride_b, kv_stride_h, kv_stride_w, index_stride_b, index_stride_m,
     H, W, KH, KW, RH, RW, KRH, KRW, topk, regions, kv_regions, scale,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_PADDING: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_PADDING: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The same for any number of keys: BLOCK_M queries of one region and head, BLOCK_N keys at a time."""
     b = tl.program_id(1).to(tl.int64)
@@ -228,7 +228,7 @@ def _forward_walk_kernel(
     own_region, position, q_offset, q_inside, own_valid = _own_tile(
         tile, H, W, RH, RW, regions, q_stride_h, q_stride_w, False, BLOCK_M
     )  # fmt: skip
-    q = _load_tokens(q_ptr, q_offset, q_inside, D, BLOCK_D, True)
+    q = _load_tokens(q_ptr, q_offset, q_inside, D, BLOCK_D, not EVEN)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
@@ -238,12 +238,13 @@ def _forward_walk_kernel(
         k_position, k_offset, k_inside, keep = _listed_tile(
             n, index_ptr, total, KH, KW, KRH, KRW, kv_stride_h, kv_stride_w
         )  # fmt: skip
-        k = _load_tokens(k_ptr, k_offset, k_inside, D, BLOCK_D, True)
-        v = _load_tokens(v_ptr, k_offset, k_inside, D, BLOCK_D, True)
+        k = _load_tokens(k_ptr, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        v = _load_tokens(v_ptr, k_offset, k_inside, D, BLOCK_D, not EVEN)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)  # [BLOCK_M, BLOCK_N]
-        if MASK_PADDING:
-            keep = k_inside
-        s = tl.where(keep[None, :], s, float("-inf"))
+        if not EVEN:
+            if MASK_PADDING:
+                keep = k_inside
+            s = tl.where(keep[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         # A row can have met no key yet; subtracting -inf from -inf would give NaN.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -495,6 +496,9 @@ def _config(kernel: str, dense: bool, own: int, others: int, heads: int) -> dict
     if dense:
         own_block = 64 if kernel != "dkv" else 16
         warps, stages = {"forward": (4, 2), "dq": (4, 1), "dkv": (2, 2)}[kernel]
+    elif kernel == "forward" and own_block == 16 and others > 64:
+        # Regions of a few tokens are bound by reads from L2; short tiles keep more of them in flight.
+        other_block, warps = 64, 1
     elif kernel == "forward" and others <= MAX_TILE:
         loop = math.gcd(heads, 2) if own_block == 16 else loop
         warps, stages = (1, 2) if own_block == 16 else (4, 3 if other_block <= 64 else 2)
@@ -562,6 +566,8 @@ def plan(
                 tiles = tiles if one_block else count
         elif not dense:
             config.update(dict(INDEX_HEADS=index_heads) if kernel == "dkv" else dict(MASK_PADDING=mask_padding))
+            if kernel == "forward":
+                config.update(EVEN=even and own % block == 0 and keys % config["BLOCK_N"] == 0)
             loop = 1
         design = "tile" if holds_all or dense else "walk"
         launches[kernel] = (design, (tiles * (heads // loop), B), {**meta, **config})
