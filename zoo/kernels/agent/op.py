@@ -15,8 +15,8 @@ from zoo.kernels.agent.reference import AgentBias
 
 # One program holds the logits of a tile of queries to all agents.
 MAX_AGENTS = 256
-# Elements of one head's agents, both padded to powers of two: the kernels keep two such tiles in shared memory.
-MAX_AGENT_TILE = 256 * 64
+# Bytes of one head's agents, padded to powers of two: the kernels keep several such tiles in shared memory.
+MAX_AGENT_BYTES = 32768
 
 
 def _pack(block: Tensor | None, row: Tensor | None, column: Tensor | None, extra: Tensor | None) -> AgentBias | None:
@@ -128,14 +128,19 @@ def _(grad, q, agents, k, *args, out_shape=None, **kwargs) -> int:
     return _flops(q, agents, k, 5)
 
 
+def _agent_bytes(agents: int, D: int, dtype: torch.dtype) -> int:
+    agents, D = (max(16, 1 << (size - 1).bit_length()) for size in (agents, D))
+    return agents * D * dtype.itemsize
+
+
 def can_run(
-    q: Tensor, agents: Tensor, k: Tensor, heads: int, scale: float, query_scale: float,
+    q: Tensor, agents: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, query_scale: float,
     biased: bool = False, raise_error: bool = False,
 ) -> bool:  # fmt: skip
     """Whether the Triton kernels take this problem.
 
     Args:
-        q, agents, k: As given to `agent_attention`.
+        q, agents, k, v: As given to `agent_attention`.
         heads: Number of heads.
         scale, query_scale: Factors on the logits.
         biased: Whether there is a position bias.
@@ -146,13 +151,15 @@ def can_run(
     """
     reasons = []
     n, D = agents.shape[1], q.shape[-1] // heads
+    if k.shape[1] == 0:
+        reasons.append("it needs at least one key, got none.")
     if not q.is_cuda:
         reasons.append(f"it needs CUDA tensors, got device {q.device}.")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"it takes float16, bfloat16 or float32, got {q.dtype}.")
     if q.shape[0] > MAX_BATCH:
         reasons.append(f"its limit is a batch of {MAX_BATCH}, got q of shape {tuple(q.shape)}.")
-    for name, x in (("q", q), ("k", k)):
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[1] > MAX_TOKENS:
             reasons.append(f"its limit is {MAX_TOKENS} tokens, got {name} of shape {tuple(x.shape)}.")
         if x.stride(1) * x.shape[1] >= MAX_OFFSET:
@@ -163,8 +170,11 @@ def can_run(
         reasons.append(f"its limit with a position bias is {MAX_AGENTS // 2} agents, got {n}.")
     if D > 128:
         reasons.append(f"its limit is a head dimension of 128, got {D}.")
-    elif n * D > MAX_AGENT_TILE:
-        reasons.append(f"its limit is {MAX_AGENT_TILE} elements of a head's agents, got {n} agents of {D} channels.")
+    elif _agent_bytes(n, D, q.dtype) > MAX_AGENT_BYTES:
+        reasons.append(
+            f"its limit is {MAX_AGENT_BYTES} bytes for the agents of a head, padded to powers of two, got {n} agents "
+            f"of {D} channels in {q.dtype}."
+        )
     if min(scale, query_scale) <= 0:
         reasons.append(f"the scales must be positive, got {scale} and {query_scale}.")
     return refuse(reasons, "agent_attention", raise_error)
@@ -258,7 +268,7 @@ def agent_attention(
     query_scale = default if query_scale is None else float(query_scale)
     q, agents, k, v = cast_for_autocast(q, agents, k, v)
     biased = key_bias is not None or query_bias is not None
-    if not use_triton(backend, lambda explain: can_run(q, agents, k, heads, scale, query_scale, biased, explain)):
+    if not use_triton(backend, lambda explain: can_run(q, agents, k, v, heads, scale, query_scale, biased, explain)):
         return reference.agent_attention(
             q, agents, k, v, heads, grid, key_grid, key_bias, query_bias, scale, query_scale
         )  # fmt: skip
