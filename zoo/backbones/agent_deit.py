@@ -36,8 +36,9 @@ class PatchEmbed(nn.Module):
         return self.proj(x).permute(0, 2, 3, 1)
 
 
+# FX wraps functions whose name has no leading underscore.
 @register_notrace_function
-def _add_position(x: Tensor, cls_token: Tensor, pos_embed: Tensor, made_for: Grid) -> Tensor:
+def add_position(x: Tensor, cls_token: Tensor, pos_embed: Tensor, made_for: Grid) -> Tensor:
     """Tokens of a map behind the class token, with positions; those of another map are resized bicubically."""
     grid = (x.shape[1], x.shape[2])
     if grid != made_for:
@@ -183,7 +184,7 @@ class AgentDeiT(nn.Module):
         """Images -> tokens [B, 1 + N, C] with their positions, and the grid."""
         x = self.patch_embed(x)  # [B, H, W, C]
         grid = (x.shape[1], x.shape[2])
-        return _add_position(x, self.cls_token, self.pos_embed, self.grid), grid
+        return add_position(x, self.cls_token, self.pos_embed, self.grid), grid
 
     def _block(self, i: int, x: Tensor, grid: Grid) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
