@@ -82,12 +82,17 @@ def resize_table(table: Tensor, length: int) -> Tensor:
     return table if table.shape[-1] == length else table @ linear_weights(table.shape[-1], length, table)
 
 
+def for_grids(rows: Tensor, cols: Tensor) -> Tensor:
+    """Weights of rows [a, b] and of columns [c, d] as those of grids, [a * c, b * d]"""
+    return (rows[:, None, :, None] * cols[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
 def resize_agents(bias: Tensor, source: Grid, target: Grid) -> Tensor:
     """Bilinear interpolation of a bias [M, n, ...] over its grid of agents."""
     if source == target:
         return bias
     rows, cols = (linear_weights(a, b, bias) for a, b in zip(source, target, strict=True))
-    return torch.einsum("mn...,nk->mk...", bias, torch.kron(rows, cols))
+    return torch.einsum("mn...,nk->mk...", bias, for_grids(rows, cols))
 
 
 def pool_agents(q: Tensor, grid: Grid, agents: Grid) -> Tensor:
@@ -104,7 +109,7 @@ def pool_agents(q: Tensor, grid: Grid, agents: Grid) -> Tensor:
         F.adaptive_avg_pool1d(torch.eye(side, device=q.device, dtype=dtype)[None], count)[0].T
         for side, count in zip(grid, agents, strict=True)
     ]
-    return torch.kron(*weights).to(q.dtype) @ q
+    return for_grids(*weights).to(q.dtype) @ q
 
 
 class AgentCore(nn.Module):
@@ -306,7 +311,7 @@ class SpatialReductionAgentAttention(AgentCore):
         dtype=None,
     ) -> None:
         dd = dict(device=device, dtype=dtype)
-        key_grid = tuple(side // sr_ratio for side in grid)
+        key_grid = tuple(max(side // sr_ratio, 1) for side in grid)
         super().__init__(dim, num_heads, agent_num, grid, key_grid=key_grid, agent_grid=agent_grid, **dd)
         self.sr_ratio = sr_ratio
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
@@ -316,7 +321,7 @@ class SpatialReductionAgentAttention(AgentCore):
         self.sr, self.norm = _reduction(dim, sr_ratio, dd)
 
     def key_grid_of(self, grid: Grid) -> Grid:
-        return grid[0] // self.sr_ratio, grid[1] // self.sr_ratio
+        return max(grid[0] // self.sr_ratio, 1), max(grid[1] // self.sr_ratio, 1)
 
     def forward(self, x: Tensor, grid: Grid | None = None, mask: Tensor | None = None) -> Tensor:
         """Map [B, H, W, C] or tokens [B, N, C] -> the same shape; see `AgentAttention.forward`."""
@@ -339,10 +344,13 @@ def _reduction(dim: int, ratio: int, dd: dict) -> tuple[nn.Module | None, nn.Mod
 
 
 def _reduced(tokens: Tensor, grid: Grid, sr: nn.Module | None, norm: nn.Module | None) -> Tensor:
-    """Tokens of the reduced map; the border that the stride does not reach is left out."""
+    """Tokens of the reduced map; the border that the stride does not reach is left out, a smaller map is filled up."""
     if sr is None:
         return tokens
     x = tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+    bottom, right = (max(step - side, 0) for step, side in zip(sr.stride, grid, strict=True))
+    if bottom or right:
+        x = F.pad(x, (0, right, 0, bottom))
     return norm(sr(x).flatten(2).transpose(1, 2))
 
 
