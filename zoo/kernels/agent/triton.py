@@ -458,7 +458,7 @@ def plan(
     part = 32 if single or block_a == 16 or meta["BLOCK_D"] > (32 if key_bias or query_bias else 64) else 64
     warps = 4 if block_a <= 64 else 8
     join = {name: meta[name] for name in ("HEADS", "D", "BLOCK_D")}
-    join.update(BLOCK_A=16, AGENT_BLOCKS=triton.cdiv(agents, 16), num_warps=1)
+    join.update(BLOCK_A=8, AGENT_BLOCKS=triton.cdiv(agents, 8), num_warps=1)
     return Plan(
         pitch=block_a,
         aggregate=_over_tokens(keys, batch, agents, part, key_meta),
