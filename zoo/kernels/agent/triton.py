@@ -108,7 +108,7 @@ def _aggregate_kernel(
 
     image = part.to(tl.int64) * batch + b
     out_ptr += image * agents * (HEADS * D) + head * D
-    _store_rows(out_ptr, acc / norm[:, None], agent, HEADS * D, present, D, BLOCK_D)
+    _store_rows(out_ptr, acc * (1 / norm)[:, None], agent, HEADS * D, present, D, BLOCK_D)
     tl.store(lse_ptr + (image * HEADS + head) * agents + agent, top + tl.log2(norm), mask=present)
 
 
@@ -135,7 +135,7 @@ def _combine_kernel(
         acc = acc * rescale[:, None] + value * weight[:, None]
         top = new_top
     out_ptr += b * agents * (HEADS * D) + head * D
-    _store_rows(out_ptr, acc / norm[:, None], agent, HEADS * D, present, D, BLOCK_D)
+    _store_rows(out_ptr, acc * (1 / norm)[:, None], agent, HEADS * D, present, D, BLOCK_D)
     tl.store(lse_ptr + (b * HEADS + head) * agents + agent, top + tl.log2(norm), mask=present)
 
 
@@ -169,7 +169,7 @@ def _broadcast_kernel(
             s += bias
         s = tl.where(present[None, :], s, float("-inf"))
         p = tl.exp2(s - tl.max(s, 1)[:, None])
-        out = tl.dot(p.to(v.dtype), v, input_precision="ieee") / tl.sum(p, 1)[:, None]
+        out = tl.dot(p.to(v.dtype), v, input_precision="ieee") * (1 / tl.sum(p, 1))[:, None]
         _store_rows(out_ptr + b * tokens * (HEADS * D) + head * D, out, t, HEADS * D, inside, D, BLOCK_D)
 
 
@@ -206,7 +206,7 @@ def _query_gradient_kernel(
         top = tl.max(s, 1)
         p = tl.exp2(s - top[:, None])
         norm = tl.sum(p, 1)
-        p = p / norm[:, None]
+        p *= (1 / norm)[:, None]
         grad = _load_rows(grad_ptr + b * grad_stride_b + head * D, t, grad_stride_t, inside, D, BLOCK_D)
         v = _load_rows(v_ptr + b * agents * (HEADS * D) + head * D, agent, HEADS * D, present, D, BLOCK_D)
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
@@ -410,37 +410,54 @@ class Plan(NamedTuple):
     join: Launch
 
 
-# Programs that fill a GPU, by their number of warps.
-_FILL = {1: 2112, 2: 1056, 4: 1056, 8: 528}
+class Tile(NamedTuple):
+    """Tokens and agents that a program holds at once, its warps and pipeline stages, and how many programs to start."""
+
+    tokens: int
+    agents: int
+    warps: int
+    stages: int
+    programs: int
 
 
-def _over_images(tokens: int, batch: int, block_t: int, warps: int, backward: bool, meta: dict) -> Launch:
-    """Programs own a tile of tokens and walk over images, at most `batch` of them.
+def _tile(kernel: str, pitch: int, block_d: int, biased: bool, single: bool) -> Tile:
+    """The tile of a kernel: as large as the registers of a thread allow.
 
-    The backward pass takes fewer programs: each writes a part of the bias gradient.
+    `single` for float32, whose products keep their operands in registers.
     """
-    heads = meta["HEADS"]
-    tiles = triton.cdiv(tokens, block_t) * heads
-    wanted = _FILL[warps] // (2 if backward else 1)
-    chunk = triton.cdiv(batch, min(batch, max(1, wanted // tiles)))
+    if kernel in ("aggregate", "agent_gradient", "aggregate_gradient"):
+        agents = min(64, pitch)
+        narrow = single or agents == 16 or block_d > (32 if biased else 64)
+        return Tile(32 if narrow else 64, agents, agents // 16, 3, 2112 if agents == 16 else 1056)
+    if pitch > 64:
+        return Tile(32, pitch, 8, 2, 528 if kernel == "broadcast" else 264)
+    if kernel == "broadcast":
+        return Tile(32 if single else 64 if pitch == 64 else 128, pitch, 4, 2, 1056)
+    return Tile(32 if single else 64, pitch, 4, 3, 528 if pitch == 64 else 660)
+
+
+def _over_images(tile: Tile, tokens: int, batch: int, meta: dict) -> Launch:
+    """Programs own a tile of tokens and walk over images; in the backward pass each writes a part of a bias gradient."""
+    tiles = triton.cdiv(tokens, tile.tokens) * meta["HEADS"]
+    chunk = triton.cdiv(batch, min(batch, max(1, tile.programs // tiles)))
     chunks = triton.cdiv(batch, chunk)
-    config = {**meta, "BLOCK_T": block_t, "num_warps": warps, "num_stages": 2}
-    return Launch((tiles, chunks), chunk, chunks, config)
+    config = dict(BLOCK_A=tile.agents, BLOCK_T=tile.tokens, num_warps=tile.warps, num_stages=tile.stages)
+    return Launch((tiles, chunks), chunk, chunks, {**meta, **config})
 
 
-def _over_tokens(tokens: int, batch: int, agents: int, block_t: int, meta: dict) -> Launch:
+def _over_tokens(tile: Tile, agents: int, tokens: int, batch: int, meta: dict) -> Launch:
     """Programs own an image and a block of agents and walk over a part of its tokens.
 
     A part has so many tokens that reading them costs a multiple of writing its result.
     """
-    block_a, heads = min(64, meta["BLOCK_A"]), meta["HEADS"]
-    blocks, warps = triton.cdiv(agents, block_a), block_a // 16
-    wanted = triton.cdiv(_FILL[warps], batch * heads * blocks)
-    parts = max(1, min(wanted, tokens // max(128, 4 * block_a)))
-    chunk = triton.cdiv(triton.cdiv(tokens, parts), block_t) * block_t
+    blocks = triton.cdiv(agents, tile.agents)
+    rows = batch * meta["HEADS"] * blocks
+    parts = max(1, min(triton.cdiv(tile.programs, rows), tokens // max(128, 4 * tile.agents)))
+    chunk = triton.cdiv(triton.cdiv(tokens, parts), tile.tokens) * tile.tokens
     parts = triton.cdiv(tokens, chunk)
-    config = dict(BLOCK_A=block_a, AGENT_BLOCKS=blocks, BLOCK_T=block_t, num_warps=warps, num_stages=3)
-    return Launch((parts * heads * blocks, batch), chunk, parts, {**meta, **config})
+    config = dict(BLOCK_A=tile.agents, AGENT_BLOCKS=blocks, BLOCK_T=tile.tokens)
+    config.update(num_warps=tile.warps, num_stages=tile.stages)
+    return Launch((parts * meta["HEADS"] * blocks, batch), chunk, parts, {**meta, **config})
 
 
 @functools.lru_cache(maxsize=256)
@@ -448,25 +465,26 @@ def plan(
     batch: int, queries: int, keys: int, agents: int, channels: int, heads: int,
     key_bias: bool, query_bias: bool, single: bool,
 ) -> Plan:  # fmt: skip
-    """Choose tiles, parts and grids; `single` for float32, whose products keep their operands in registers."""
-    D = channels // heads
-    block_a = max(16, triton.next_power_of_2(agents))
-    meta = dict(HEADS=heads, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), PITCH=block_a, BLOCK_A=block_a)
-    key_meta, query_meta = {**meta, "BIAS": key_bias}, {**meta, "BIAS": query_bias}
-    # The largest tiles that keep within the registers of a thread.
-    tile = 32 if single or block_a > 64 else 64 if block_a == 64 else 128
-    part = 32 if single or block_a == 16 or meta["BLOCK_D"] > (32 if key_bias or query_bias else 64) else 64
-    warps = 4 if block_a <= 64 else 8
-    join = {name: meta[name] for name in ("HEADS", "D", "BLOCK_D")}
-    join.update(BLOCK_A=8, AGENT_BLOCKS=triton.cdiv(agents, 8), num_warps=1)
+    """Choose tiles, parts and grids; `single` for float32."""
+    pitch, D = max(16, triton.next_power_of_2(agents)), channels // heads
+    block_d = max(16, triton.next_power_of_2(D))
+    meta = dict(HEADS=heads, D=D, BLOCK_D=block_d)
+
+    def launch(kernel: str, tokens: int, biased: bool) -> Launch:
+        tile, extra = _tile(kernel, pitch, block_d, biased, single), dict(meta, PITCH=pitch, BIAS=biased)
+        if kernel in ("broadcast", "query_gradient", "key_gradient"):
+            return _over_images(tile, tokens, batch, extra)
+        return _over_tokens(tile, agents, tokens, batch, extra)
+
+    join = dict(meta, BLOCK_A=8, AGENT_BLOCKS=triton.cdiv(agents, 8), num_warps=1)
     return Plan(
-        pitch=block_a,
-        aggregate=_over_tokens(keys, batch, agents, part, key_meta),
-        broadcast=_over_images(queries, batch, tile, warps, False, query_meta),
-        query_gradient=_over_images(queries, batch, tile, warps, True, query_meta),
-        agent_gradient=_over_tokens(queries, batch, agents, part, query_meta),
-        key_gradient=_over_images(keys, batch, tile, warps, True, key_meta),
-        aggregate_gradient=_over_tokens(keys, batch, agents, part, key_meta),
+        pitch=pitch,
+        aggregate=launch("aggregate", keys, key_bias),
+        broadcast=launch("broadcast", queries, query_bias),
+        query_gradient=launch("query_gradient", queries, query_bias),
+        agent_gradient=launch("agent_gradient", queries, query_bias),
+        key_gradient=launch("key_gradient", keys, key_bias),
+        aggregate_gradient=launch("aggregate_gradient", keys, key_bias),
         join=Launch((heads * join["AGENT_BLOCKS"], batch), 0, 0, join),
     )
 
