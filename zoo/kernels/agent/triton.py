@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.agent.reference import AgentBias
-from zoo.kernels.agent.triton_bias import LOG2E, expand, reduce
+from zoo.kernels.agent.triton_bias import LOG2E, Side, expand, reduce
 
 
 @triton.jit
@@ -522,6 +522,16 @@ def _aggregate(agents: Tensor, k: Tensor, v: Tensor, bias: Tensor, heads: int, s
     return values[0], lse[0]
 
 
+def _sides(key_bias, query_bias, key_grid, grid) -> dict[str, Side]:
+    """The biases that there are."""
+    named = (("key", key_bias, key_grid), ("query", query_bias, grid))
+    return {name: Side(bias, size) for name, bias, size in named if bias is not None}
+
+
+def _expanded(sides: dict[str, Side], dtype: torch.dtype, pitch: int) -> dict[str, Tensor]:
+    return dict(zip(sides, expand(list(sides.values()), dtype, pitch), strict=True)) if sides else {}
+
+
 def forward(
     q: Tensor, agents: Tensor, k: Tensor, v: Tensor, key_bias: AgentBias | None, query_bias: AgentBias | None,
     heads: int, grid: list[int] | None, key_grid: list[int] | None, scale: float, query_scale: float,
@@ -534,63 +544,68 @@ def forward(
     q, agents, k, v = (_unit_channels(x) for x in (q, agents, k, v))
     (B, N, _), n = q.shape, agents.shape[1]
     p = _plan_of(q, agents, k, heads, key_bias, query_bias)
-    bias = k if key_bias is None else expand(key_bias, key_grid, q.dtype, p.pitch)
-    values, lse = _aggregate(agents, k, v, bias, heads, scale, p)
-    bias = q if query_bias is None else expand(query_bias, grid, q.dtype, p.pitch)
+    biases = _expanded(_sides(key_bias, query_bias, key_grid, grid), q.dtype, p.pitch)
+    values, lse = _aggregate(agents, k, v, biases.get("key", k), heads, scale, p)
     launch = p.broadcast
     _broadcast_kernel[launch.grid](
-        q, agents, values, bias, out, *_strides(q, agents), N, n, B, launch.chunk, query_scale, **launch.config
+        q, agents, values, biases.get("query", q), out, *_strides(q, agents), N, n, B, launch.chunk, query_scale,
+        **launch.config,
     )  # fmt: skip
     return out, values, lse
 
 
-def _bias_parts(bias: AgentBias | None, launch: Launch, tokens: int, like: Tensor) -> Tensor:
+def _bias_parts(launch: Launch, tokens: int, like: Tensor) -> Tensor:
     """Room for the parts of a bias gradient [chunks, M, T, P]; any tensor without a bias."""
-    if bias is None:
+    if not launch.config["BIAS"]:
         return like
     shape = launch.chunks, launch.config["HEADS"], tokens, launch.config["PITCH"]
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def _backward_queries(grad, q, agents, values, bias, heads: int, grid, scale: float, p: Plan, da_parts: Tensor):
+def _backward_queries(grad, q, agents, values, bias, heads: int, scale: float, p: Plan, da_parts: Tensor):
     """dq, the gradient of the bias and of the agents' values in parts; the agents' gradient goes to `da_parts`."""
     (B, N, C), n = q.shape, agents.shape[1]
-    full = q if bias is None else expand(bias, grid, q.dtype, p.pitch)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse, delta = torch.empty(2, B, heads, N, dtype=torch.float32, device=q.device)
     strides = _strides(q, agents, grad)
     launch = p.query_gradient
-    dbias = _bias_parts(bias, launch, N, q)
+    dbias = _bias_parts(launch, N, q)
     _query_gradient_kernel[launch.grid](
-        q, agents, values, grad, full, dq, dbias, lse, delta, *strides, N, n, B, launch.chunk, scale, **launch.config
+        q, agents, values, grad, bias, dq, dbias, lse, delta, *strides, N, n, B, launch.chunk, scale, **launch.config
     )  # fmt: skip
-    dbias = None if bias is None else reduce(dbias, bias, grid)
     launch = p.agent_gradient
     dv_parts = torch.empty(launch.chunks, B, n, C, dtype=torch.float32, device=q.device)
     _agent_gradient_kernel[launch.grid](
-        q, agents, values, grad, full, lse, delta, dv_parts, da_parts, *strides, N, n, B, launch.chunk, scale,
+        q, agents, values, grad, bias, lse, delta, dv_parts, da_parts, *strides, N, n, B, launch.chunk, scale,
         **launch.config,
     )  # fmt: skip
     return dq, dbias, dv_parts
 
 
-def _backward_keys(grad, delta, k, v, agents, lse, bias, grid, scale: float, p: Plan, da_parts: Tensor):
-    """dk, dv and the gradient of the bias; the agents' gradient goes to `da_parts`."""
+def _backward_keys(grad, delta, k, v, agents, lse, bias, scale: float, p: Plan, da_parts: Tensor):
+    """dk, dv and the gradient of the bias in parts; the agents' gradient goes to `da_parts`."""
     (B, N, _), n = k.shape, agents.shape[1]
-    full = k if bias is None else expand(bias, grid, k.dtype, p.pitch)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     strides = _strides(k, v, agents)
     launch = p.key_gradient
-    dbias = _bias_parts(bias, launch, N, k)
+    dbias = _bias_parts(launch, N, k)
     _key_gradient_kernel[launch.grid](
-        k, v, agents, grad, full, lse, delta, dk, dv, dbias, *strides, N, n, B, launch.chunk, scale, **launch.config
+        k, v, agents, grad, bias, lse, delta, dk, dv, dbias, *strides, N, n, B, launch.chunk, scale, **launch.config
     )  # fmt: skip
-    dbias = None if bias is None else reduce(dbias, bias, grid)
     launch = p.aggregate_gradient
     _aggregate_gradient_kernel[launch.grid](
-        k, v, agents, grad, full, lse, delta, da_parts, *strides, N, n, B, launch.chunk, scale, **launch.config
+        k, v, agents, grad, bias, lse, delta, da_parts, *strides, N, n, B, launch.chunk, scale, **launch.config
     )  # fmt: skip
     return dk, dv, dbias
+
+
+def _zero_gradients(tensors: tuple[Tensor, ...], biases: tuple[AgentBias | None, ...]) -> tuple:
+    """What a problem without queries gives."""
+    zeros = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
+    for bias in biases:
+        parts = () if bias is None else (None if x is None else torch.zeros_like(x) for x in bias)
+        zeros.append(None if bias is None else AgentBias(*parts))
+    return tuple(zeros)
 
 
 def backward(
@@ -600,27 +615,29 @@ def backward(
 ) -> tuple:  # fmt: skip
     """Launch the backward kernels: gradients of q, agents, k, v, contiguous and in their dtype, and of both biases."""
     if q.numel() == 0:
-        tensors = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, agents, k, v))
-        biases = (
-            None if bias is None else AgentBias(*(None if x is None else torch.zeros_like(x) for x in bias))
-            for bias in (key_bias, query_bias)
-        )  # fmt: skip
-        return (*tensors, *biases)
+        return _zero_gradients((q, agents, k, v), (key_bias, query_bias))
     grad, q, agents, k, v = (_unit_channels(x) for x in (grad, q, agents, k, v))
     B, n, C = agents.shape
     p = _plan_of(q, agents, k, heads, key_bias, query_bias)
+    sides = _sides(key_bias, query_bias, key_grid, grid)
+    biases = _expanded(sides, q.dtype, p.pitch)
     query_parts, key_parts = p.agent_gradient.chunks, p.aggregate_gradient.chunks
     da_parts = torch.empty(query_parts + key_parts, B, n, C, dtype=torch.float32, device=q.device)
-    dq, d_query_bias, dv_parts = _backward_queries(
-        grad, q, agents, values, query_bias, heads, grid, query_scale, p, da_parts
+    dbiases = {}
+    dq, dbiases["query"], dv_parts = _backward_queries(
+        grad, q, agents, values, biases.get("query", q), heads, query_scale, p, da_parts
     )  # fmt: skip
     d_values, da = (torch.empty(agents.shape, dtype=q.dtype, device=q.device) for _ in range(2))
-    delta = torch.empty_like(lse)
-    join = p.join
+    delta, join = torch.empty_like(lse), p.join
     _sum_parts_kernel[join.grid](dv_parts, values, d_values, delta, n, B, query_parts, DELTA=True, **join.config)
-    dk, dv, d_key_bias = _backward_keys(
-        d_values, delta, k, v, agents, lse, key_bias, key_grid, scale, p, da_parts[query_parts:]
+    dk, dv, dbiases["key"] = _backward_keys(
+        d_values, delta, k, v, agents, lse, biases.get("key", k), scale, p, da_parts[query_parts:]
     )  # fmt: skip
     parts = query_parts + key_parts
     _sum_parts_kernel[join.grid](da_parts, values, da, delta, n, B, parts, DELTA=False, **join.config)
-    return dq, da, dk, dv, d_key_bias, d_query_bias
+    if sides:
+        reduced = reduce(list(sides.values()), [dbiases[name] for name in sides])
+        dbiases = dict(zip(sides, reduced, strict=True))
+    else:
+        dbiases = {}
+    return dq, da, dk, dv, dbiases.get("key"), dbiases.get("query")
