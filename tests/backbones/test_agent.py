@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -69,6 +71,7 @@ def small(name: str, **kwargs) -> nn.Module:
     return cls(num_classes=3, **dict(own, **kwargs))
 
 
+without_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 every_family = pytest.mark.parametrize("name", SMALL)
 
 
@@ -252,6 +255,49 @@ def test_large_sizes_run(name: str, size: tuple[int, int]) -> None:
     model = small(name)
     model(torch.randn(1, 3, *size)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Logits and every gradient, as float32 on the CPU."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        out = model(x)
+        out.float().square().sum().backward()
+    return [t.detach().float().cpu() for t in (out, *(p.grad for p in model.parameters()))]
+
+
+def relative_errors(actual: list[Tensor], expected: list[Tensor]) -> list[float]:
+    # What is nearly zero has no relative error.
+    floor = 1e-3 * max(float(t.norm()) for t in expected)
+    return [float((a - e).norm()) / max(float(e.norm()), floor) for a, e in zip(actual, expected, strict=True)]
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, without_gpu])]
+
+
+@pytest.mark.gpu
+@without_gpu
+@every_family
+@pytest.mark.parametrize("size", [(64, 64), (97, 130)])
+def test_a_gpu_computes_the_same(name: str, size: tuple[int, int]) -> None:
+    model, x = small(name), torch.randn(2, 3, *size)
+    expected = gradients(copy.deepcopy(model), x)
+    assert max(relative_errors(gradients(model.cuda(), x.cuda()), expected)) < 5e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@every_family
+@pytest.mark.parametrize("size", [(64, 64), (97, 130)])
+def test_autocast_and_half_precision(name: str, size: tuple[int, int], device: str) -> None:
+    model, x = small(name).to(device), torch.randn(2, 3, *size, device=device)
+    with torch.no_grad():
+        expected = model(x).float()
+        with torch.autocast(device, torch.bfloat16):
+            assert relative_errors([model(x)], [expected])[0] < 0.05
+    half = copy.deepcopy(model).bfloat16()
+    assert relative_errors([half(x.bfloat16()).detach()], [expected])[0] < 0.1
+    with torch.autocast(device, torch.bfloat16):
+        model(x).float().square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters())
 
 
 @every_family
