@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -27,6 +28,7 @@ from zoo.backbones.agent import (
 )
 from zoo.backbones.agent_layers import agent_blocks, pool_agents
 from zoo.kernels.agent.reference import expand_bias
+from zoo.visualize import agent_maps, draw_attention
 
 PARAMETERS = dict(
     agent_deit_tiny=6_015_640,
@@ -374,3 +376,22 @@ def test_pooling_of_the_plain_transformer() -> None:
     torch.testing.assert_close(model(x), model.head(tokens[:, 1:].mean(1)))
     with pytest.raises(ValueError, match="global_pool must be"):
         model.reset_classifier(3, "max")
+
+
+def test_attention_maps_of_a_model() -> None:
+    model = small("deit").train()
+    maps = agent_maps(model, torch.randn(1, 3, 64, 96))
+    assert list(maps) == ["blocks.0.attn", "blocks.1.attn"] and model.training
+    first = maps["blocks.0.attn"]
+    assert first.grid == (4, 6) and first.agent_grid == (3, 3)
+    assert first.gather.shape == (1, 2, 9, 25) and first.spread.shape == (1, 2, 25, 9)
+    torch.testing.assert_close(first.gather.sum(-1), torch.ones(1, 2, 9))
+    with pytest.raises(ValueError, match="no layer of agent attention"):
+        agent_maps(nn.Identity(), torch.randn(1))
+
+
+def test_attention_is_drawn_where_it_is() -> None:
+    weights = torch.zeros(4, 4)
+    weights[0, 0] = 0.5
+    picture = draw_attention(np.full((32, 32, 3), 200, np.uint8), weights)
+    assert (picture[:4, :4] == 200).all() and (picture[16:, 16:] == 50).all()

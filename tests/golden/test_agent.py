@@ -111,24 +111,16 @@ def spy(layer: nn.Module, seen: dict) -> None:
         layer.proj.register_forward_pre_hook(lambda m, args: seen.update(pre_proj=args[0]))
 
 
-def split(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
 def check_internals(case: AgentCase, layer: nn.Module, seen: dict) -> None:
-    """Agents, biases and both attention maps, by the definition."""
+    """Agents, biases and both attention maps."""
     q, k, grid = seen["q"], seen["k"], seen["grid"]
     key_grid = layer.key_grid_of(grid)
-    agents = layer.pool(q, grid)
-    key_bias = expand_bias(layer.key_bias(key_grid), key_grid)
-    query_bias = expand_bias(layer.query_bias(grid), grid).transpose(1, 2)
-    case.check("agent_tokens", agents)
-    case.check("bias_agent_key", key_bias)
-    case.check("bias_query_agent", query_bias)
-    scale = (q.shape[-1] // layer.num_heads) ** -0.5
-    q, a, k = (split(t, layer.num_heads) for t in (q, agents, k))
-    case.check("attn_agent_key", (scale * a @ k.transpose(-2, -1) + key_bias).softmax(-1))
-    case.check("attn_query_agent", (scale * q @ a.transpose(-2, -1) + query_bias).softmax(-1))
+    case.check("agent_tokens", layer.pool(q, grid))
+    case.check("bias_agent_key", expand_bias(layer.key_bias(key_grid), key_grid))
+    case.check("bias_query_agent", expand_bias(layer.query_bias(grid), grid).transpose(1, 2))
+    gather, spread = layer.attention_maps(q, k, grid)
+    case.check("attn_agent_key", gather)
+    case.check("attn_query_agent", spread)
     case.check("dwc_out", seen["conv"].permute(0, 3, 1, 2))
     if "pre_proj" in seen:
         case.check("pre_proj", seen["pre_proj"])

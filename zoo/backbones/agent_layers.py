@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers import DepthwiseConv2d, Mlp, global_attention
 from zoo.kernels import AgentBias, agent_attention
+from zoo.kernels.agent.reference import expand_bias
 
 __all__ = [
     "AgentAttention",
@@ -205,6 +206,17 @@ class AgentCore(nn.Module):
             q, self.pool(q, grid), k, v, heads=self.num_heads, grid=grid, key_grid=key_grid,
             key_bias=self.key_bias(key_grid), query_bias=self.query_bias(grid),
         )  # fmt: skip
+
+    def attention_maps(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Both attention maps by their definition, to look at: of agents over keys [B, M, n, Nk] and of queries over
+        agents [B, M, N, n]. The op itself never forms them."""
+        key_grid = self.key_grid_of(grid)
+        scale = (q.shape[-1] // self.num_heads) ** -0.5
+        queries, agents, keys = (split_heads(t, self.num_heads) for t in (q, self.pool(q, grid), k))
+        key_bias = expand_bias(self.key_bias(key_grid), key_grid)
+        query_bias = expand_bias(self.query_bias(grid), grid).transpose(1, 2)
+        gather = ((scale * agents) @ keys.transpose(-2, -1) + key_bias).softmax(-1)
+        return gather, ((scale * queries) @ agents.transpose(-2, -1) + query_bias).softmax(-1)
 
 
 def resize_bias(name: str, bias: Tensor, length: int) -> Tensor:

@@ -14,8 +14,11 @@ _DROPPED = re.compile(r"\.(attn_mask|relative_position_index)$")
 
 
 def _stage(match: re.Match, offset: int) -> str:
-    """ "stages.N" for the number that a pattern found. Stages count from 1 in Agent-PVT and Agent-CSWin, and a stage of
-    Agent-Swin ends with its downsampling; here stages count from 0 and begin with it."""
+    """Our prefix for the number that a pattern found.
+
+    Stages count from 1 in Agent-PVT and Agent-CSWin, and a stage of Agent-Swin ends with its downsampling; here stages
+    count from 0 and begin with it.
+    """
     return f"stages.{int(match['stage']) + offset}"
 
 
