@@ -128,9 +128,12 @@ def _(grad, q, agents, k, *args, out_shape=None, **kwargs) -> int:
     return _flops(q, agents, k, 5)
 
 
-def _agent_bytes(agents: int, D: int, dtype: torch.dtype) -> int:
-    agents, D = (max(16, 1 << (size - 1).bit_length()) for size in (agents, D))
-    return agents * D * dtype.itemsize
+def _padded(size: int) -> int:
+    """The next power of two from 16 on, by comparisons alone, which sizes unknown to a compiler allow too."""
+    padded = 16
+    while padded < size:
+        padded *= 2
+    return padded
 
 
 def can_run(
@@ -170,7 +173,7 @@ def can_run(
         reasons.append(f"its limit with a position bias is {MAX_AGENTS // 2} agents, got {n}.")
     if D > 128:
         reasons.append(f"its limit is a head dimension of 128, got {D}.")
-    elif _agent_bytes(n, D, q.dtype) > MAX_AGENT_BYTES:
+    elif _padded(n) * _padded(D) * q.dtype.itemsize > MAX_AGENT_BYTES:
         reasons.append(
             f"its limit is {MAX_AGENT_BYTES} bytes for the agents of a head, padded to powers of two, got {n} agents "
             f"of {D} channels in {q.dtype}."

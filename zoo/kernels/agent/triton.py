@@ -110,10 +110,26 @@ def _aggregate_kernel(
     tl.store(lse_ptr + (image * HEADS + head) * agents + agent, top + tl.log2(norm), mask=present)
 
 
-@triton.jit(do_not_specialize=["agents", "batch", "parts"])
+@triton.jit
+def _load_parts(
+    ptr, part, parts, b, batch, head, agent, agents,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """[parts, BLOCK_A, BLOCK_D] of partial results [parts, B, n, C]; several at once, so that their latencies overlap."""
+    d = tl.arange(0, BLOCK_D)
+    row = ((part.to(tl.int64) * batch + b) * agents)[:, None, None] + agent[None, :, None]
+    mask = (part < parts)[:, None, None] & (agent < agents)[None, :, None] & (d < D)[None, None, :]
+    return tl.load(ptr + row * (HEADS * D) + (head * D + d)[None, None, :], mask=mask, other=0.0)
+
+
+_PARTS = ["agents", "batch", "parts"]
+
+
+@triton.jit(do_not_specialize=_PARTS)
 def _combine_kernel(
     part_ptr, part_lse_ptr, out_ptr, lse_ptr, agents, batch, parts,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, AGENT_BLOCKS: tl.constexpr, BLOCK_A: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    AGENT_BLOCKS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """The softmax over all keys from those over parts of them: weights exp2(lse of a part - lse)."""
     _, head, agent = _part(HEADS, AGENT_BLOCKS, BLOCK_A)
@@ -122,16 +138,18 @@ def _combine_kernel(
     top = tl.full([BLOCK_A], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_A], tl.float32)
     acc = tl.zeros([BLOCK_A, BLOCK_D], tl.float32)
-    for part in range(parts):
-        image = part * batch.to(tl.int64) + b
-        lse = tl.load(part_lse_ptr + (image * HEADS + head) * agents + agent, mask=present, other=0.0)
-        value = _load_rows(part_ptr + image * agents * (HEADS * D) + head * D, agent, HEADS * D, present, D, BLOCK_D)
-        new_top = tl.maximum(top, lse)
+    for start in range(0, parts, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        at = part_lse_ptr + ((part.to(tl.int64) * batch + b) * HEADS + head)[:, None] * agents + agent[None, :]
+        lse = tl.load(at, mask=(part < parts)[:, None] & present[None, :], other=float("-inf"))
+        value = _load_parts(part_ptr, part, parts, b, batch, head, agent, agents, HEADS, D, BLOCK_D)
+        new_top = tl.maximum(top, tl.max(lse, 0))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        rescale, weight = tl.exp2(top - shift), tl.exp2(lse - shift)
-        norm = norm * rescale + weight
-        acc = acc * rescale[:, None] + value * weight[:, None]
+        rescale, weight = tl.exp2(top - shift), tl.exp2(lse - shift[None, :])
+        norm = norm * rescale + tl.sum(weight, 0)
+        acc = acc * rescale[:, None] + tl.sum(value * weight[:, :, None], 0)
         top = new_top
+    norm = tl.where(present, norm, 1.0)
     out_ptr += b * agents * (HEADS * D) + head * D
     _store_rows(out_ptr, acc * (1 / norm)[:, None], agent, HEADS * D, present, D, BLOCK_D)
     tl.store(lse_ptr + (b * HEADS + head) * agents + agent, top + tl.log2(norm), mask=present)
@@ -270,20 +288,20 @@ def _agent_gradient_kernel(
     _store_rows(da_ptr + offset, da * scale, agent, HEADS * D, present, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["agents", "batch", "parts"])
+@triton.jit(do_not_specialize=_PARTS)
 def _sum_parts_kernel(
     part_ptr, v_ptr, out_ptr, delta_ptr, agents, batch, parts,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DELTA: tl.constexpr,
-    AGENT_BLOCKS: tl.constexpr, BLOCK_A: tl.constexpr,
+    AGENT_BLOCKS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """out = sum of the parts [parts, B, n, C], and with DELTA delta = rowsum(out v) for each head."""
     _, head, agent = _part(HEADS, AGENT_BLOCKS, BLOCK_A)
     b = tl.program_id(1).to(tl.int64)
     present = agent < agents
     total = tl.zeros([BLOCK_A, BLOCK_D], tl.float32)
-    for part in range(parts):
-        image = part * batch.to(tl.int64) + b
-        total += _load_rows(part_ptr + image * agents * (HEADS * D) + head * D, agent, HEADS * D, present, D, BLOCK_D)
+    for start in range(0, parts, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        total += tl.sum(_load_parts(part_ptr, part, parts, b, batch, head, agent, agents, HEADS, D, BLOCK_D), 0)
     offset = b * agents * (HEADS * D) + head * D
     _store_rows(out_ptr + offset, total, agent, HEADS * D, present, D, BLOCK_D)
     if DELTA:

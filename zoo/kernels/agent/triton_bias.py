@@ -278,7 +278,7 @@ def reduce(sides: list[Side], grads: list[Tensor]) -> list[AgentBias]:
     cells = triton.next_power_of_2(max(side.bias.block.shape[3] for side in sides))
     rows = max(side.grid[0] + side.lead for side in sides)
     _row_gradient_kernel[(rows, M, len(sides))](
-        *_pair(row_arguments), n, BLOCK_W=16, BLOCK_CELL=max(16, cells), **meta
+        *_pair(row_arguments), n, BLOCK_W=max(16, min(64, 2048 // pitch)), BLOCK_CELL=max(16, cells), **meta
     )  # fmt: skip
     columns = max(side.grid[1] + side.bias.block[0, 0].numel() for side in sides)
     _column_gradient_kernel[(columns, M, len(sides))](

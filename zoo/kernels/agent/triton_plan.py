@@ -48,7 +48,7 @@ def choose_tile(kernel: str, pitch: int, block_d: int, biased: bool, single: boo
     if kernel in ("aggregate", "agent_gradient", "aggregate_gradient"):
         agents = min(64, pitch)
         narrow = single or agents == 16 or block_d > (32 if biased else 64)
-        return Tile(32 if narrow else 64, agents, agents // 16, 3, 2112 if agents == 16 else 1056)
+        return Tile(32 if narrow else 64, agents, agents // 16, 3, {16: 2112, 32: 1056, 64: 528}[agents])
     if pitch > 64:
         return Tile(32, pitch, 8, 2, 528 if kernel == "broadcast" else 264)
     if kernel == "broadcast":
@@ -96,7 +96,7 @@ def plan(
             return _over_images(tile, tokens, batch, extra)
         return _over_tokens(tile, agents, tokens, batch, extra)
 
-    join = dict(meta, BLOCK_A=8, AGENT_BLOCKS=triton.cdiv(agents, 8), num_warps=1)
+    join = dict(meta, BLOCK_A=4, AGENT_BLOCKS=triton.cdiv(agents, 4), BLOCK_P=8, num_warps=1)
     return Plan(
         pitch=pitch,
         aggregate=launch("aggregate", keys, key_bias),
