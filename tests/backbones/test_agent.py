@@ -26,7 +26,7 @@ from zoo.backbones.agent import (
     StripAttention,
     WindowAttention,
 )
-from zoo.backbones.agent_layers import agent_blocks, pool_agents
+from zoo.backbones.agent_layers import LENGTH_DIM, agent_blocks, pool_agents
 from zoo.kernels.agent.reference import expand_bias
 from zoo.visualize import agent_maps, draw_attention
 
@@ -136,11 +136,25 @@ def test_biases_are_resized_by_the_rule_for_dense_tasks(grid, agents) -> None:
     layer = AgentAttention(16, 2, 9, (10, 10), agent_grid=agents)
     for p in layer.parameters():
         nn.init.normal_(p)
-    expected = resized_bias(layer, layer.an_bias, layer.ah_bias[0], layer.aw_bias[0], grid, agents)
+    expected = resized_bias(layer, layer.an_bias, layer.ah_bias, layer.aw_bias, grid, agents)
     torch.testing.assert_close(expand_bias(layer.key_bias(grid), grid), expected)
-    row, column = layer.ha_bias[0].movedim(-1, 1), layer.wa_bias[0].movedim(-1, 1)
+    row, column = layer.ha_bias.movedim(-1, 1), layer.wa_bias.movedim(-1, 1)
     expected = resized_bias(layer, layer.na_bias, row, column, grid, agents)
     torch.testing.assert_close(expand_bias(layer.query_bias(grid), grid), expected)
+
+
+def test_official_biases_load_and_the_layer_may_be_channels_last() -> None:
+    layer, other = AgentAttention(16, 2, 9, (10, 10)), AgentAttention(16, 2, 9, (10, 10))
+    official = {name: as_official(name, value) for name, value in layer.state_dict().items()}
+    assert official["ha_bias"].shape == (1, 2, 10, 1, 9)
+    other.load_state_dict(official)
+    other.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 10, 10, 16)
+    torch.testing.assert_close(other(x), layer(x))
+
+
+def as_official(name: str, value: Tensor) -> Tensor:
+    return value[None] if name in LENGTH_DIM else value
 
 
 @pytest.mark.parametrize("kind", [AgentAttention, SpatialReductionAgentAttention])

@@ -21,7 +21,7 @@ from zoo.backbones.agent import (
     WindowAttention,
     checkpoint_filter_fn,
 )
-from zoo.backbones.agent_layers import agent_blocks
+from zoo.backbones.agent_layers import LENGTH_DIM, agent_blocks
 from zoo.backbones.agent_swin import PatchMerging
 from zoo.convert.agent import convert, convert_name
 from zoo.kernels.agent.reference import expand_bias
@@ -89,11 +89,17 @@ def load(case: AgentCase, layer: nn.Module, names: dict[str, str] | None = None)
     return names
 
 
+def as_official(name: str, value: Tensor) -> Tensor:
+    """Row and column biases of the official models have a leading axis of length one."""
+    return value[None] if name.rpartition(".")[2] in LENGTH_DIM else value
+
+
 def check_gradients(case: AgentCase, out: Tensor, x: Tensor, layer: nn.Module, names: dict[str, str]) -> None:
     (out * case.output_gradient(out.shape)).sum().backward()
     case.check("grad.x", x.grad)
     for official, ours in names.items():
-        case.check(f"grad.{official}", layer.get_parameter(ours).grad)
+        grad = layer.get_parameter(ours).grad
+        case.check(f"grad.{official}", as_official(ours, grad))
 
 
 def spy(layer: nn.Module, seen: dict) -> None:
@@ -321,7 +327,7 @@ def run_resize(case: AgentCase) -> None:
     resized = checkpoint_filter_fn(weights, model)
     model.load_state_dict(resized)
     for name in case.spec["outputs"]:
-        case.check(name, resized[convert_name(name)])
+        case.check(name, as_official(name, resized[convert_name(name)]))
 
 
 RUNNERS = {

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from zoo.backbones.agent_cswin import AgentCSWin, CrossShapedAttention, StripAttention
 from zoo.backbones.agent_deit import AgentDeiT
 from zoo.backbones.agent_layers import (
+    LENGTH_DIM,
     AgentAttention,
     AgentStripAttention,
     Block,
     SpatialReductionAgentAttention,
     resize_bias,
+    without_leading_axis,
 )
 from zoo.backbones.agent_pvt import AgentPVT
 from zoo.backbones.agent_swin import AgentSwin, WindowAttention
@@ -43,8 +45,6 @@ __all__ = [
     "StripAttention",
     "WindowAttention",
 ]
-
-_LENGTH_DIM = dict(ah_bias=3, aw_bias=4, ha_bias=2, wa_bias=3)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -67,8 +67,9 @@ def _resized(name: str, value: Tensor, model: nn.Module, wanted: Tensor) -> Tens
     """A weight at the model's size; whatever else differs is left for loading to report."""
     owner, _, kind = name.rpartition(".")
     module = model.get_submodule(owner)
-    if kind in _LENGTH_DIM and value.dim() == wanted.dim():
-        return resize_bias(kind, value, wanted.shape[_LENGTH_DIM[kind]])
+    if kind in LENGTH_DIM:
+        value = without_leading_axis(value)
+        return resize_bias(kind, value, wanted.shape[LENGTH_DIM[kind]]) if value.dim() == wanted.dim() else value
     if kind == "pos_embed" and value.shape[-1] == wanted.shape[-1]:
         prefix = getattr(module, "num_prefix_tokens", 0)
         return resample_abs_pos_embed(value, module.grid, num_prefix_tokens=prefix, antialias=False)

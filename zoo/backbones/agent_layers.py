@@ -113,6 +113,15 @@ def pool_agents(q: Tensor, grid: Grid, agents: Grid) -> Tensor:
     return for_grids(*weights).to(q.dtype) @ q
 
 
+# Axis of the rows or columns of a map in each bias: of keys, then of queries.
+LENGTH_DIM = dict(ah_bias=2, aw_bias=3, ha_bias=1, wa_bias=2)
+
+
+def without_leading_axis(bias: Tensor) -> Tensor:
+    """A row or column bias as the official models store it, [1, M, ...], or as it is here, [M, ...]."""
+    return bias.squeeze(0) if bias.dim() == 5 else bias
+
+
 class AgentCore(nn.Module):
     """Agents and biases of agent attention, for tokens that are already projected.
 
@@ -149,10 +158,10 @@ class AgentCore(nn.Module):
         shapes = dict(
             an_bias=(num_heads, n, BLOCK_BIAS_SIZE, BLOCK_BIAS_SIZE),
             na_bias=(num_heads, n, BLOCK_BIAS_SIZE, BLOCK_BIAS_SIZE),
-            ah_bias=(1, num_heads, n, key_h, 1),
-            aw_bias=(1, num_heads, n, 1, key_w),
-            ha_bias=(1, num_heads, H, 1, n),
-            wa_bias=(1, num_heads, 1, W, n),
+            ah_bias=(num_heads, n, key_h, 1),
+            aw_bias=(num_heads, n, 1, key_w),
+            ha_bias=(num_heads, H, 1, n),
+            wa_bias=(num_heads, 1, W, n),
         )
         if class_token:
             shapes.update(ac_bias=(1, num_heads, n, 1), ca_bias=(1, num_heads, 1, n))
@@ -165,6 +174,15 @@ class AgentCore(nn.Module):
             if name.endswith("_bias") and bias.device.type != "meta":
                 trunc_normal_(bias, std=BIAS_INIT_STD)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        # Official row and column biases have a leading axis of length one. Here it is left out: torch refuses to lay
+        # out a module with parameters of five axes as channels_last.
+        for name in LENGTH_DIM:
+            key = prefix + name
+            if key in state_dict:
+                state_dict[key] = without_leading_axis(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def key_grid_of(self, grid: Grid) -> Grid:
         """Map of the keys for a map of queries."""
         return grid
@@ -173,7 +191,7 @@ class AgentCore(nn.Module):
         """Resize the row and column biases for another map, for fine-tuning."""
         self.grid = tuple(grid)
         keys = self.key_grid_of(self.grid)
-        for name, length in zip(("ah_bias", "aw_bias", "ha_bias", "wa_bias"), (*keys, *self.grid), strict=True):
+        for name, length in zip(LENGTH_DIM, (*keys, *self.grid), strict=True):
             bias = getattr(self, name)
             resized = resize_bias(name, bias.detach(), length)
             setattr(self, name, nn.Parameter(resized, requires_grad=bias.requires_grad))
@@ -187,11 +205,11 @@ class AgentCore(nn.Module):
     def key_bias(self, grid: Grid) -> AgentBias:
         """Bias of agents against keys."""
         extra = self.ac_bias[0, :, :, 0] if self.prefix else None  # [M, n]
-        return self._bias(self.an_bias, self.ah_bias[0, ..., 0], self.aw_bias[0, :, :, 0], extra, grid)
+        return self._bias(self.an_bias, self.ah_bias[..., 0], self.aw_bias[:, :, 0], extra, grid)
 
     def query_bias(self, grid: Grid) -> AgentBias:
         """Bias of queries against agents, agents first; they are last in the row and column parameters."""
-        row, column = self.ha_bias[0, :, :, 0].transpose(1, 2), self.wa_bias[0, :, 0].transpose(1, 2)  # [M, n, H or W]
+        row, column = self.ha_bias[:, :, 0].transpose(1, 2), self.wa_bias[:, 0].transpose(1, 2)  # [M, n, H or W]
         extra = self.ca_bias[0, :, 0] if self.prefix else None
         return self._bias(self.na_bias, row, column, extra, grid)
 
@@ -221,7 +239,7 @@ class AgentCore(nn.Module):
 
 def resize_bias(name: str, bias: Tensor, length: int) -> Tensor:
     """Resize a row or column bias, in the layout of its parameter, to another number of rows or columns."""
-    dim = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}[name]
+    dim = LENGTH_DIM[name]
     return resize_table(bias.transpose(dim, -1), length).transpose(dim, -1).contiguous()
 
 
