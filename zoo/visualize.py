@@ -1,14 +1,17 @@
-"""Pictures of bi-level routing: which regions of an image a query region attends to."""
+"""Pictures of attention: the regions that bi-level routing selects, and what the agents of agent attention look at."""
 
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoo.backbones.agent_layers import AgentCore
 
 QUERY_COLOUR = (255, 214, 10)
 SELECTED_COLOUR = (0, 122, 255)
@@ -29,15 +32,20 @@ def routing_maps(model: nn.Module, x: Tensor) -> dict[str, Any]:
         ValueError: The model has no such layer.
     """
     maps: dict[str, Any] = {}
-    training = model.training
     with _recording(model, maps):
-        model.eval()
-        try:
-            with torch.inference_mode():
-                model(x)
-        finally:
-            model.train(training)
+        _evaluate(model, x)
     return maps
+
+
+def _evaluate(model: nn.Module, x: Tensor) -> None:
+    """One pass in eval mode without gradients, after which the mode is the same as before."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            model(x)
+    finally:
+        model.train(training)
 
 
 @contextmanager
@@ -63,6 +71,69 @@ def _recording(model: nn.Module, maps: dict[str, Any]) -> Iterator[None]:
 def _record(forward: Callable, maps: dict[str, Any], name: str, *args: Any, **kwargs: Any) -> Tensor:
     out, maps[name] = forward(*args, **dict(kwargs, return_routing=True))
     return out
+
+
+class AgentMaps(NamedTuple):
+    """Attention maps of a layer of agent attention.
+
+    Attributes:
+        gather: What each agent takes from the keys, [B, M, n, Nk]; a class token comes first in N and Nk.
+        spread: What each query takes from the agents, [B, M, N, n].
+        grid: Rows and columns of the queries.
+        agent_grid: Rows and columns of the agents.
+    """
+
+    gather: Tensor
+    spread: Tensor
+    grid: tuple[int, int]
+    agent_grid: tuple[int, int]
+
+
+def agent_maps(model: nn.Module, x: Tensor) -> dict[str, AgentMaps]:
+    """Run a model and collect the attention maps of its agent attention layers.
+
+    Args:
+        model: A model with layers of agent attention.
+        x: Input batch, [B, C, H, W].
+
+    Returns:
+        By name of the layer, in order of execution, its maps.
+
+    Raises:
+        ValueError: The model has no such layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AgentCore)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layer of agent attention.")
+    maps: dict[str, AgentMaps] = {}
+
+    def record(name: str, layer: AgentCore, attend: Callable, q: Tensor, k: Tensor, v: Tensor, grid: tuple) -> Tensor:
+        maps[name] = AgentMaps(*layer.attention_maps(q, k, grid), grid, layer.agent_grid)
+        return attend(q, k, v, grid)
+
+    for name, layer in layers.items():
+        layer.attend = functools.partial(record, name, layer, layer.attend)
+    try:
+        _evaluate(model, x)
+    finally:
+        for layer in layers.values():
+            del layer.attend
+    return maps
+
+
+def draw_attention(image: np.ndarray, weights: Tensor) -> np.ndarray:
+    """Light up what an attention map looks at and dim the rest.
+
+    Args:
+        image: RGB image, [H, W, 3], uint8.
+        weights: Attention to the tokens of a grid over the image, [h, w], for instance of one agent, the mean of heads.
+
+    Returns:
+        RGB image of the same size.
+    """
+    strength = (weights / weights.max())[None, None].float()
+    strength = F.interpolate(strength, image.shape[:2], mode="bilinear")[0, 0, :, :, None].cpu().numpy()
+    return (image * (0.25 + 0.75 * strength)).round().clip(0, 255).astype(np.uint8)
 
 
 def draw_routing(

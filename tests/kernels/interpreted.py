@@ -8,6 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from zoo.kernels.agent import AgentBias
+from zoo.kernels.agent import reference as agent_reference
+from zoo.kernels.agent import triton as agent_kernels
 from zoo.kernels.bilevel_routing import reference, triton_routing
 from zoo.kernels.bilevel_routing import triton as kernels
 from zoo.kernels.depthwise_conv import reference as conv_reference
@@ -106,3 +109,60 @@ def test_convolution(kernel: int) -> None:
     )
     plus_input = conv_kernels.convolve(x.detach(), weight.detach(), bias.detach(), None, True)
     torch.testing.assert_close(plus_input, (expected - residual + x).detach(), rtol=1e-4, atol=1e-5)
+
+
+# (B, grid, key grid, channels, heads, agents, biased sides, extra token, block cells, dtype)
+AGENT_PROBLEMS = {
+    "class_token": (2, (5, 6), (5, 6), 48, 2, 9, "key query", 1, (7, 7), torch.float32),
+    "half": (3, (5, 6), (5, 6), 48, 2, 9, "key query", 1, (7, 7), torch.float16),
+    "large_block": (1, (5, 18), (3, 4), 16, 1, 2, "key query", 0, (4, 17), torch.float32),
+    "key_bias": (1, (4, 7), (4, 7), 32, 1, 49, "key", 0, (7, 7), torch.float32),
+    "query_bias": (3, (4, 7), (4, 7), 16, 1, 20, "query", 1, (3, 2), torch.float32),
+    "parts": (1, (1, 390), (1, 290), 16, 1, 3, "", 0, None, torch.float32),
+    "blocks_of_agents": (2, (3, 8), (3, 9), 48, 2, 70, "", 0, None, torch.float32),
+}
+
+
+def setup_agents(name: str):
+    """Leaves (tokens, then the biases), a function from these to the biases, and the remaining arguments."""
+    B, grid, key_grid, C, heads, n, sides, extra, cells, dtype = AGENT_PROBLEMS[name]
+    torch.manual_seed(0)
+    q, agents = torch.randn(B, extra + grid[0] * grid[1], 2 * C)[..., C:], torch.randn(B, n, C)
+    k, v = torch.randn(B, extra + key_grid[0] * key_grid[1], 2 * C).split(C, -1)
+    leaves = [x.to(dtype) for x in (q, agents, k, v)]
+    for H, W in [size for side, size in (("key", key_grid), ("query", grid)) if side in sides]:
+        shapes = [(heads, n, *cells), (heads, n, H), (heads, n, W), (heads, n)][: 3 + extra]
+        leaves += [torch.randn(shape) for shape in shapes]
+
+    def biases(leaves: list) -> list:
+        parts = iter(leaves[4:])
+        return [
+            AgentBias(*(next(parts) for _ in range(3 + extra))) if side in sides else None for side in ("key", "query")
+        ]
+
+    return leaves, biases, (heads, grid, key_grid, 0.3, 0.5)
+
+
+@pytest.mark.parametrize("name", AGENT_PROBLEMS)
+def test_agent_attention(name: str) -> None:
+    inputs, biases, (heads, grid, key_grid, scale, query_scale) = setup_agents(name)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    expected = agent_reference.agent_attention(
+        *leaves[:4], heads, grid, key_grid, *biases(leaves), scale, query_scale
+    )  # fmt: skip
+    grad = torch.randn_like(expected)
+    settings = (*biases(inputs), heads, list(grid), list(key_grid), scale, query_scale)
+    out, values, lse = agent_kernels.forward(*inputs[:4], *settings)
+    *grads, d_key_bias, d_query_bias = agent_kernels.backward(grad, *inputs[:4], values, lse, *settings)
+    grads += [x for bias in (d_key_bias, d_query_bias) for x in bias or () if x is not None]
+    tolerance = dict(rtol=2e-2, atol=2e-2) if inputs[0].dtype == torch.float16 else dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, expected.detach(), **tolerance)
+    torch.testing.assert_close(grads, list(torch.autograd.grad(expected, leaves, grad)), **tolerance)
+
+
+def test_agent_attention_splits_long_sequences() -> None:
+    inputs, _, (heads, *_) = setup_agents("parts")
+    q, agents, k, _ = inputs
+    p = agent_kernels.plan(1, q.shape[1], k.shape[1], 3, 16, heads, False, False, True)
+    assert p.aggregate.chunks == 2 and p.agent_gradient.chunks == 3
+    assert agent_kernels.plan(1, 24, 27, 70, 48, 2, False, False, True).aggregate.config["AGENT_BLOCKS"] == 2

@@ -14,6 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from zoo.kernels.agent import AgentBias
+from zoo.kernels.agent import triton as agent
 from zoo.kernels.bilevel_routing import triton as attention
 from zoo.kernels.bilevel_routing import triton_routing
 from zoo.kernels.depthwise_conv import triton as conv
@@ -32,6 +34,14 @@ STAGES = {
     "stage3_512": ((32, 32), 256, 8, (4, 4), 16),
     "large": ((40, 40), 64, 2, (20, 20), 1),
 }
+# Agent attention: (grid of tokens, channels, heads, agents, biased). Two stages at 224 pixels, the widest vision
+# transformer, and diffusion at 64 x 64.
+AGENT_STAGES = {
+    "agent_stage1": ((56, 56), 96, 3, 9, True),
+    "agent_stage3": ((14, 14), 384, 12, 49, True),
+    "agent_deit_base": ((14, 14), 768, 12, 81, True),
+    "agent_diffusion": ((64, 64), 320, 8, 256, False),
+}
 # Stack bytes that are known. Configurations were chosen by their time on an H100, where those that spill were the
 # fastest of the ones tried (the dense gradients hold two wide tiles in registers). Not every spill-free one was timed.
 SPILLS = {
@@ -42,6 +52,8 @@ SPILLS = {
     "_top_regions_kernel": 64,
     "_conv_kernel": 64,
     "_weight_grad_kernel": 16,
+    # On sm_80 only, with 49 agents.
+    "_agent_gradient_kernel": 16,
 }
 
 
@@ -104,6 +116,16 @@ def launch_convolution(kernel: int) -> None:
     conv.weight_gradient(x, grad, weight, True)
 
 
+def launch_agents(name: str) -> None:
+    grid, C, heads, n, biased = AGENT_STAGES[name]
+    q, k, v = torch.empty(8, grid[0] * grid[1], 3 * C, dtype=torch.bfloat16).split(C, -1)
+    agents = torch.empty(8, n, C, dtype=torch.bfloat16)
+    bias = AgentBias(*(torch.empty(heads, n, *size) for size in ((7, 7), grid[:1], grid[1:]))) if biased else None
+    settings = bias, bias, heads, list(grid), list(grid), 0.125, 0.125
+    out, values, lse = agent.forward(q, agents, k, v, *settings)
+    agent.backward(out, q, agents, k, v, values, lse, *settings)
+
+
 def check(launches: list, arch: int, folder: Path) -> None:
     assert launches
     for kernel, args, kwargs in launches:
@@ -124,4 +146,11 @@ def test_attention_compiles(name: str, arch: int, launches: list, tmp_path: Path
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_convolution_compiles(kernel: int, arch: int, launches: list, tmp_path: Path) -> None:
     launch_convolution(kernel)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", AGENT_STAGES)
+def test_agents_compile(name: str, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_agents(name)
     check(launches, arch, tmp_path)

@@ -74,6 +74,16 @@ def test_schedule_is_stepped_per_update():
     assert rates[-1] == pytest.approx(1e-4)
 
 
+def test_cooldown_is_part_of_the_epochs():
+    cooldown = dict(min_lr=1e-4, scheduler_kwargs={"cooldown_epochs": 2})
+    model = ImageClassifier("test_convnext", 4, lr=1e-2, **cooldown)
+    rates = []
+    model.on_train_batch_end = lambda *args: rates.append(model.optimizers().param_groups[0]["lr"])
+    quick_trainer(max_epochs=4).fit(model, datamodule=fake_data())
+    # Two epochs of three updates fall, two stay.
+    assert rates[4] > 1.1e-4 and rates[5:] == pytest.approx([1e-4] * 7)
+
+
 def test_odd_batch_cannot_be_mixed():
     with pytest.raises(ValueError, match="batch_size must be even, got 3"):
         quick_trainer().fit(ImageClassifier("test_convnext", 4, mixup=0.5), datamodule=fake_data(batch_size=3))

@@ -262,3 +262,14 @@ def test_local_seed_leaves_no_trace():
         torch.rand(7)
         np.random.rand(7)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_validation_may_ignore_the_aspect_ratio():
+    squash = DigitsData(**SMALL, crop_pct=1.0, crop_mode="squash", interpolation="bilinear")
+    assert squash.data_config["crop_mode"] == "squash"
+    image = Image.new("RGB", (256, 64))
+    image.paste((255, 255, 255), (0, 0, 32, 64))
+    centre = DigitsData(**SMALL, crop_pct=1.0, interpolation="bilinear")
+    # The bright border at the left is cut away by the centre crop only.
+    squashed, cropped = (data.transform(training=False)(image) for data in (squash, centre))
+    assert squashed[:, :, 0].min() > cropped.max()

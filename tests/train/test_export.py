@@ -96,6 +96,7 @@ def test_info(plain):
         "std": [0.229, 0.224, 0.225],
         "interpolation": "bilinear",
         "crop_pct": 0.95,
+        "crop_mode": "center",
         "label_names": None,
     }
     assert {"val/acc", "val/loss", "val/acc5"} <= info["metrics"].keys()

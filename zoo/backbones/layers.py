@@ -50,8 +50,10 @@ class Mlp(nn.Module):
         return self.fc2(self.act(x))
 
 
-def global_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q k^T) v for [B, M, N, D], fused unless timm's switch for exportable models is on."""
+def global_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """softmax(scale * q k^T + bias) v for [B, M, N, D], fused unless timm's switch for exportable models is on."""
     if use_fused_attn():
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
-    return ((q * scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+        bias = None if bias is None else bias.to(q.dtype)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    logits = (q * scale) @ k.transpose(-2, -1)
+    return (logits if bias is None else logits + bias).softmax(-1) @ v

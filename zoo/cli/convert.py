@@ -3,6 +3,7 @@
 import argparse
 import sys
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,10 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         if path.endswith(".safetensors"):
             checkpoint = load_file(path)
         else:
-            # Training scripts store their parsed arguments beside the weights; a Namespace is plain data.
-            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # Training scripts store their arguments beside the weights, as a Namespace, which is plain data, or as a
+            # yacs config, a dictionary with attributes: an OrderedDict holds both without running code of yacs.
+            plain = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+            with torch.serialization.safe_globals(plain), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Detected pickle protocol")
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -72,7 +75,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         raise ValueError(f"'{path}' is damaged or is not a checkpoint.") from error
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile, SafetensorError) as error:
         raise ValueError(f"'{path}' is damaged or is not a checkpoint.") from error
-    for key in ("model", "state_dict"):
+    # Where training kept an average under this name, it is the published one.
+    for key in ("state_dict_ema", "model", "state_dict"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
     tensors = isinstance(checkpoint, dict) and {k: v for k, v in checkpoint.items() if isinstance(v, torch.Tensor)}
@@ -96,8 +100,13 @@ def _archs(family: str) -> list[str]:
 
 
 def _match(args: argparse.Namespace, checkpoint: dict[str, Any], candidates: list[str]) -> tuple[str, dict[str, Any]]:
-    """Convert for each candidate and return the first whose names and shapes are exactly the model's."""
+    """Convert for each candidate and return the one whose names and shapes are exactly the model's.
+
+    Families may resize weights to a model's input size; of several that fit, the one with the fewest changes is meant.
+    """
+    given = {id(tensor) for tensor in checkpoint.values()}
     closest: tuple[int, str] | None = None
+    fits: list[tuple[int, str, dict[str, Any]]] = []
     reasons = []
     for arch in candidates:
         try:
@@ -107,10 +116,13 @@ def _match(args: argparse.Namespace, checkpoint: dict[str, Any], candidates: lis
             continue
         problems = _differences(arch, converted)
         if not problems:
-            return arch, converted
-        if closest is None or len(problems) < closest[0]:
+            fits.append((sum(id(tensor) not in given for tensor in converted.values()), arch, converted))
+        elif closest is None or len(problems) < closest[0]:
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             closest = (len(problems), f"Closest is {arch}: {problems[0]}{more}.")
+    if fits:
+        _, arch, converted = min(fits, key=lambda fit: fit[0])
+        return arch, converted
     what = f"'{args.model}'" if args.model else f"any model of the family '{args.family}'"
     raise ValueError(f"'{args.checkpoint}' does not fit {what}. {closest[1] if closest else reasons[0]}")
 

@@ -1,6 +1,15 @@
 """Attention ops: one folder each, with a plain reference, Triton kernels and the registered op."""
 
+from zoo.kernels.agent import AgentBias, agent_attention
 from zoo.kernels.bilevel_routing import Routing, bilevel_attention, bilevel_routing, route_regions
 from zoo.kernels.depthwise_conv import depthwise_conv2d
 
-__all__ = ["Routing", "bilevel_attention", "bilevel_routing", "depthwise_conv2d", "route_regions"]
+__all__ = [
+    "AgentBias",
+    "Routing",
+    "agent_attention",
+    "bilevel_attention",
+    "bilevel_routing",
+    "depthwise_conv2d",
+    "route_regions",
+]

@@ -44,7 +44,8 @@ class ImageClassifier(LightningModule):
         warmup_epochs: Epochs of linear warm-up, included in the trainer's epochs.
         warmup_lr: Learning rate at the start of the warm-up.
         min_lr: Learning rate at the end of the schedule.
-        scheduler_kwargs: Further arguments of ``timm.scheduler.create_scheduler_v2``, in epochs.
+        scheduler_kwargs: Further arguments of ``timm.scheduler.create_scheduler_v2``, in epochs; the trainer's epochs
+            include ``cooldown_epochs``.
         loss: Cross-entropy (ce) or binary cross-entropy (bce).
         label_smoothing: Share of the target that is spread over all classes.
         mixup: Alpha of the Beta distribution of Mixup, 0 for none.
@@ -227,16 +228,18 @@ class ImageClassifier(LightningModule):
         if math.isinf(updates):
             raise ValueError("the learning rate schedule needs an end: set trainer.max_epochs or trainer.max_steps")
         per_epoch = max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
+        kwargs = hparams.scheduler_kwargs or {}
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=hparams.scheduler,
-            num_epochs=updates / per_epoch,
+            # timm counts the cooldown on top, the trainer's epochs include it.
+            num_epochs=updates / per_epoch - kwargs.get("cooldown_epochs", 0),
             warmup_epochs=hparams.warmup_epochs,
             warmup_lr=hparams.warmup_lr,
             min_lr=hparams.min_lr,
             step_on_epochs=False,
             updates_per_epoch=per_epoch,
-            **(hparams.scheduler_kwargs or {}),
+            **kwargs,
         )
         if scheduler is None:
             raise ValueError(f"timm has no scheduler {hparams.scheduler!r}; 'constant' keeps the learning rate")

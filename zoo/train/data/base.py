@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from zoo.train.seeding import ResumableLoader, SeededSampler, local_seed, mix_seed, run_seed
 
 # Set by the arguments of the data module itself.
-_OWN_TRANSFORM_ARGS = {"input_size", "is_training", "interpolation", "mean", "std", "crop_pct"}
+_OWN_TRANSFORM_ARGS = {"input_size", "is_training", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
 
 
 def check_keys(given: Sequence[str], known: Sequence[str], what: str) -> None:
@@ -94,6 +94,7 @@ class ImageDataModule(LightningDataModule):
             ``color_jitter``, ``re_prob``, ``scale``, ``ratio``, ``hflip``, ``train_crop_mode`` or ``no_aug``.
         repeats: Draws of each image in a batch (repeated augmentation); 1 switches it off.
         cache: Whether to hold all decoded images in memory (small data sets whose decoding is the bottleneck).
+        crop_mode: How validation makes images square: center (crop), squash (ignoring the aspect ratio) or border.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class ImageDataModule(LightningDataModule):
         augment: dict[str, Any] | None = None,
         repeats: int = 1,
         cache: bool = False,
+        crop_mode: str = "center",
     ):
         super().__init__()
         self.save_hyperparameters()
@@ -156,6 +158,7 @@ class ImageDataModule(LightningDataModule):
             # "random" is a training augmentation; validation falls back to bilinear.
             "interpolation": self.eval_interpolation,
             "crop_pct": float(hparams.crop_pct),
+            "crop_mode": hparams.crop_mode,
             "label_names": None if self.class_names is None else [str(name) for name in self.class_names],
         }
 
@@ -173,7 +176,8 @@ class ImageDataModule(LightningDataModule):
             return _accept_zero_bits(
                 create_transform(size, is_training=True, interpolation=hparams.interpolation, **norm, **augment)
             )
-        return create_transform(size, interpolation=self.eval_interpolation, crop_pct=hparams.crop_pct, **norm)
+        crop = {"crop_pct": hparams.crop_pct, "crop_mode": hparams.crop_mode}
+        return create_transform(size, interpolation=self.eval_interpolation, **crop, **norm)
 
     @property
     def replicas(self) -> tuple[int, int]:
