@@ -2,5 +2,6 @@
 
 from zoo.kernels.bilevel_routing import Routing, bilevel_attention, bilevel_routing, route_regions
 from zoo.kernels.depthwise_conv import depthwise_conv2d
+from zoo.kernels.halo import halo_attention
 
-__all__ = ["Routing", "bilevel_attention", "bilevel_routing", "depthwise_conv2d", "route_regions"]
+__all__ = ["Routing", "bilevel_attention", "bilevel_routing", "depthwise_conv2d", "halo_attention", "route_regions"]
