@@ -1,0 +1,542 @@
+"""Triton kernels of halo attention, then their launchers.
+
+Maps are [B, H, W, C] with unit channel stride and are read in place: no window, halo or padding is ever copied.
+Images are addressed in int64, pixels within an image in int32.
+
+The position term is a matrix product. The rows of the two tables that a block can reach, N = w + side - 1 of each,
+are stacked to a table [BLOCK_R, D], and q table^T holds every position logit of a query. A gather along the row turns
+it into R [M, BLOCK_J]: one logit for each row of the window, one for each column, and a large negative number. Then
+
+    logits = scale * (q k^T + R E^T),    E[n, j] = (j == row of key n) or (j == w + column of key n)
+
+where a key that is to be left out takes the column of the large negative number as its row. The expansion costs
+tensor cores, which idle otherwise, instead of two additions and a comparison for each logit. R is rounded to the
+dtype of the inputs, as the probabilities are. Backward runs the same products the other way: ds E sums gradients over
+the rows and the columns of the window.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zoo.kernels.halo.reference import Geometry, block_grid
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load(ptr, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[N, BLOCK_D] channels of one head at the given offsets, zero outside."""
+    d = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (d < D)[None, :] if D < BLOCK_D else inside[:, None]
+    return tl.load(ptr + offset[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, value, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (d < D)[None, :] if D < BLOCK_D else inside[:, None]
+    tl.store(ptr + offset[:, None] + d[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _queries(block_row, block_col, tile, QH, QW, SIDE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile of a block's queries: coordinates in the block, row and column on the map, whether on the map."""
+    t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    y = t // SIDE
+    x = t - y * SIDE
+    row, col = block_row * SIDE + y, block_col * SIDE + x
+    return y, x, row, col, (t < SIDE * SIDE) & (row < QH) & (col < QW)
+
+
+@triton.jit
+def _window_keys(
+    start, top, left, H, W, WINDOW: tl.constexpr, MASK_BORDER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr
+):  # fmt: skip
+    """A tile of a window's keys: coordinates in the window, row and column on the map, whether on the map."""
+    n = start + tl.arange(0, BLOCK_N)
+    y = n // WINDOW
+    x = n - y * WINDOW
+    row, col = top + y, left + x
+    valid = n < WINDOW * WINDOW
+    inside = valid & (row >= 0) & (row < H) & (col >= 0) & (col < W)
+    y = tl.where(inside if MASK_BORDER else valid, y, BLOCK_J - 1)
+    return y, x, row, col, inside
+
+
+@triton.jit
+def _expansion(y, x, dtype: tl.constexpr, WINDOW: tl.constexpr, BLOCK_J: tl.constexpr):
+    """E [N, BLOCK_J] of keys at rows y and columns x of the window."""
+    j = tl.arange(0, BLOCK_J)[None, :]
+    return tl.where((j == y[:, None]) | (j == x[:, None] + WINDOW), 1.0, 0.0).to(dtype)
+
+
+@triton.jit
+def _table(
+    height_ptr, width_ptr, SIDE: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_R, BLOCK_D] reachable rows of height_rel, then those of width_rel, then zeros."""
+    N: tl.constexpr = WINDOW + SIDE - 1
+    r = tl.arange(0, BLOCK_R)
+    offset = (WINDOW - SIDE + r) * D
+    rows = _load(height_ptr, offset, r < N, D, BLOCK_D)
+    cols = _load(width_ptr, offset - N * D, (r >= N) & (r < 2 * N), D, BLOCK_D)
+    return tl.where((r < N)[:, None], rows, cols)
+
+
+@triton.jit
+def _relative(
+    q, table, y, x, factor, SIDE: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """R [M, BLOCK_J] of queries at (y, x) of their block: factor * position logits by row and by column."""
+    N: tl.constexpr = WINDOW + SIDE - 1
+    products = tl.dot(q, tl.trans(table), input_precision="ieee") * factor  # [M, BLOCK_R]
+    j = tl.arange(0, BLOCK_J)[None, :]
+    index = tl.where(j < WINDOW, j - y[:, None], N - WINDOW + j - x[:, None]) + (SIDE - 1)
+    index = tl.minimum(tl.maximum(index, 0), BLOCK_R - 1)  # of queries past the end and of unused columns
+    return tl.where(j < 2 * WINDOW, tl.gather(products, index, 1), MASKED).to(q.dtype)
+
+
+@triton.jit
+def _relative_gradient(
+    dr, y, x, SIDE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """Transpose of the gather in `_relative`: [M, BLOCK_J] -> [M, BLOCK_R]."""
+    N: tl.constexpr = WINDOW + SIDE - 1
+    r = tl.arange(0, BLOCK_R)[None, :]
+    key = tl.where(r < N, r + y[:, None], r - N + x[:, None]) - (SIDE - 1)  # row or column of the window
+    valid = (key >= 0) & (key < WINDOW) & (r < 2 * N)
+    index = tl.where(valid, tl.where(r < N, key, key + WINDOW), 0)
+    return tl.where(valid, tl.gather(dr, index, 1), 0.0)
+
+
+@triton.jit
+def _again(x, i, size):
+    """x, which the compiler takes to depend on i; `size` is below 2**30.
+
+    Indices of a gather are cheap to compute and would occupy a register for each row if they were kept from one head
+    to the next: enough to spill.
+    """
+    return x + (size >> 30) * i
+
+
+_SIZES = ["QH", "QW", "H", "W", "rows", "cols", "chunk", "tiles"]
+
+
+@triton.jit
+def _softmax_step(q, relative, kv_ptr, y, x, offset, inside, top, norm, acc, qk_scale,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Take a tile of keys into the running maximum, denominator and weighted sum."""
+    k = _load(kv_ptr, offset, inside, DK, BLOCK_DK)
+    v = _load(kv_ptr + DK, offset, inside, DV, BLOCK_DV)
+    expansion = _expansion(y, x, q.dtype, WINDOW, BLOCK_J)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    s = tl.dot(relative, tl.trans(expansion), s, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    new_top = tl.maximum(top, tl.max(s, 1) * qk_scale)
+    p = tl.exp2(s * qk_scale - new_top[:, None])
+    rescale = tl.exp2(top - new_top)
+    norm = norm * rescale + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    return new_top, norm, acc
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _forward_kernel(
+    q_ptr, kv_ptr, height_ptr, width_ptr, out_ptr, lse_ptr,
+    q_stride_b, q_stride_h, q_stride_w, kv_stride_b, kv_stride_h, kv_stride_w, QH, QW, H, W, rows, cols, scale, factor,
+    HEADS: tl.constexpr, LOOP: tl.constexpr, UNROLL: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr,
+    MASK_BORDER: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(scale * q k^T + position) v, and lse = log2 of the softmax denominator.
+
+    One program computes BLOCK_M queries of one block and LOOP heads over all keys of the window, BLOCK_N at a time.
+    UNROLL writes the key tiles out, so that what does not depend on the head (E, addresses, masks) is computed once
+    for all heads; otherwise tiles are loaded ahead of their use. Bytes: q and kv read and out written once from HBM,
+    kv (w / b)**2 times from L2. FLOPs: 2 N w^2 (DK + DV + BLOCK_J). Bound by exponentials at head dimension 16, by
+    memory at 64.
+    """
+    WINDOW: tl.constexpr = BLOCK + 2 * HALO
+    TILES: tl.constexpr = (SIDE * SIDE + BLOCK_M - 1) // BLOCK_M
+    b = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(0) % (HEADS // LOOP)
+    tile = tl.program_id(0) // (HEADS // LOOP)
+    block_row, block_col = tile // TILES // cols, tile // TILES % cols
+    top_row, left_col = block_row * BLOCK - HALO, block_col * BLOCK - HALO
+
+    y, x, row, col, inside = _queries(block_row, block_col, tile % TILES, QH, QW, SIDE, BLOCK_M)
+    position = row * QW + col
+    table = _table(height_ptr, width_ptr, SIDE, WINDOW, DK, BLOCK_DK, BLOCK_R)
+    for i in tl.range(0, LOOP):
+        head = group * LOOP + i
+        q = _load(q_ptr + b * q_stride_b + head * DK, row * q_stride_h + col * q_stride_w, inside, DK, BLOCK_DK)
+        relative = _relative(
+            q, table, _again(y, i, QH), _again(x, i, QH), factor, SIDE, WINDOW, MASKED, BLOCK_J, BLOCK_R
+        )
+        head_ptr = kv_ptr + b * kv_stride_b + head * (DK + DV)
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        norm = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        if UNROLL:
+            for start in tl.static_range(0, WINDOW * WINDOW, BLOCK_N):
+                ky, kx, k_row, k_col, k_inside = _window_keys(
+                    start, top_row, left_col, H, W, WINDOW, MASK_BORDER, BLOCK_N, BLOCK_J
+                )
+                top, norm, acc = _softmax_step(
+                    q, relative, head_ptr, ky, kx, k_row * kv_stride_h + k_col * kv_stride_w, k_inside, top, norm, acc,
+                    scale * LOG2E, DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, BLOCK_J,
+                )  # fmt: skip
+        else:
+            for start in tl.range(0, WINDOW * WINDOW, BLOCK_N):
+                ky, kx, k_row, k_col, k_inside = _window_keys(
+                    start, top_row, left_col, H, W, WINDOW, MASK_BORDER, BLOCK_N, BLOCK_J
+                )
+                top, norm, acc = _softmax_step(
+                    q, relative, head_ptr, ky, kx, k_row * kv_stride_h + k_col * kv_stride_w, k_inside, top, norm, acc,
+                    scale * LOG2E, DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, BLOCK_J,
+                )  # fmt: skip
+        _store(
+            out_ptr + b * QH * QW * (HEADS * DV) + head * DV, acc / norm[:, None], position * (HEADS * DV), inside,
+            DV, BLOCK_DV,
+        )  # fmt: skip
+        tl.store(lse_ptr + (b * HEADS + head) * QH * QW + position, top + tl.log2(norm), mask=inside)
+
+
+@triton.jit
+def _dq_step(q, relative, do, lse, delta, kv_ptr, y, x, offset, inside, dq, dr, qk_scale,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Add what a tile of keys contributes to ds k and to ds E."""
+    k = _load(kv_ptr, offset, inside, DK, BLOCK_DK)
+    v = _load(kv_ptr + DK, offset, inside, DV, BLOCK_DV)
+    expansion = _expansion(y, x, q.dtype, WINDOW, BLOCK_J)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    s = tl.dot(relative, tl.trans(expansion), s, input_precision="ieee")
+    p = tl.exp2(s * qk_scale - lse[:, None])
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    ds = (p * (dp - delta[:, None])).to(k.dtype)
+    return tl.dot(ds, k, dq, input_precision="ieee"), tl.dot(ds, expansion, dr, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _dq_kernel(
+    q_ptr, kv_ptr, height_ptr, width_ptr, out_ptr, lse_ptr, grad_ptr, delta_ptr, relative_ptr, dq_ptr, dtable_ptr,
+    q_stride_b, q_stride_h, q_stride_w, kv_stride_b, kv_stride_h, kv_stride_w, QH, QW, H, W, rows, cols, scale, factor,
+    chunk, tiles,
+    HEADS: tl.constexpr, LOOP: tl.constexpr, UNROLL: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr,
+    MASK_BORDER: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dq = scale * ds k + S table and a partial sum of dtable = S^T q, where S undoes the gather of ds E.
+
+    ds = p (do v^T - delta), delta = rowsum(do out), p = exp2(logits - lse). One program computes LOOP heads of
+    `chunk` consecutive tiles of queries, all images counted on, and sums the table gradient over them in registers;
+    `_sum_kernel` adds the programs, in a fixed order and without atomics. It also writes delta and R for the key and
+    value gradients.
+    """
+    WINDOW: tl.constexpr = BLOCK + 2 * HALO
+    TILES: tl.constexpr = (SIDE * SIDE + BLOCK_M - 1) // BLOCK_M
+    group = tl.program_id(0) % (HEADS // LOOP)
+    first = (tl.program_id(0) // (HEADS // LOOP)) * chunk
+    table = _table(height_ptr, width_ptr, SIDE, WINDOW, DK, BLOCK_DK, BLOCK_R)
+    dtable = tl.zeros([BLOCK_R, BLOCK_DK], tl.float32)
+    for i in tl.range(0, tl.minimum(chunk, tiles - first) * LOOP):
+        tile = first + i // LOOP
+        head = group * LOOP + i % LOOP
+        b = (tile // (rows * cols * TILES)).to(tl.int64)
+        block = tile // TILES % (rows * cols)
+        block_row, block_col = block // cols, block % cols
+        top_row, left_col = block_row * BLOCK - HALO, block_col * BLOCK - HALO
+
+        y, x, row, col, inside = _queries(block_row, block_col, tile % TILES, QH, QW, SIDE, BLOCK_M)
+        position = row * QW + col
+        q = _load(q_ptr + b * q_stride_b + head * DK, row * q_stride_h + col * q_stride_w, inside, DK, BLOCK_DK)
+        out_base = b * QH * QW * (HEADS * DV) + head * DV
+        out = _load(out_ptr + out_base, position * (HEADS * DV), inside, DV, BLOCK_DV)
+        do = _load(grad_ptr + out_base, position * (HEADS * DV), inside, DV, BLOCK_DV)
+        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+        stat = (b * HEADS + head) * QH * QW
+        tl.store(delta_ptr + stat + position, delta, mask=inside)
+        lse = tl.load(lse_ptr + stat + position, mask=inside, other=0.0)
+        relative = _relative(
+            q, table, _again(y, i, QH), _again(x, i, QH), factor, SIDE, WINDOW, MASKED, BLOCK_J, BLOCK_R
+        )
+        _store(relative_ptr + stat * BLOCK_J, relative, position * BLOCK_J, inside, BLOCK_J, BLOCK_J)
+
+        head_ptr = kv_ptr + b * kv_stride_b + head * (DK + DV)
+        dq = tl.zeros([BLOCK_M, BLOCK_DK], tl.float32)
+        dr = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)
+        if UNROLL:
+            for start in tl.static_range(0, WINDOW * WINDOW, BLOCK_N):
+                ky, kx, k_row, k_col, k_inside = _window_keys(
+                    start, top_row, left_col, H, W, WINDOW, MASK_BORDER, BLOCK_N, BLOCK_J
+                )
+                dq, dr = _dq_step(
+                    q, relative, do, lse, delta, head_ptr, ky, kx, k_row * kv_stride_h + k_col * kv_stride_w, k_inside,
+                    dq, dr, scale * LOG2E, DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, BLOCK_J,
+                )  # fmt: skip
+        else:
+            for start in tl.range(0, WINDOW * WINDOW, BLOCK_N):
+                ky, kx, k_row, k_col, k_inside = _window_keys(
+                    start, top_row, left_col, H, W, WINDOW, MASK_BORDER, BLOCK_N, BLOCK_J
+                )
+                dq, dr = _dq_step(
+                    q, relative, do, lse, delta, head_ptr, ky, kx, k_row * kv_stride_h + k_col * kv_stride_w, k_inside,
+                    dq, dr, scale * LOG2E, DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, BLOCK_J,
+                )  # fmt: skip
+
+        # R carries position / scale: the gradient of a position logit is scale * factor times ds.
+        y, x = _again(y, i, QH), _again(x, i, QH)
+        dproducts = _relative_gradient(dr * factor, y, x, SIDE, WINDOW, BLOCK_J, BLOCK_R).to(q.dtype)
+        dq = tl.dot(dproducts, table, dq, input_precision="ieee") * scale
+        dtable = tl.dot(tl.trans(dproducts), q, dtable, input_precision="ieee")
+        _store(dq_ptr + b * QH * QW * (HEADS * DK) + head * DK, dq, position * (HEADS * DK), inside, DK, BLOCK_DK)
+
+    REACHED: tl.constexpr = 2 * (WINDOW + SIDE - 1)
+    r = tl.arange(0, BLOCK_R)
+    _store(
+        dtable_ptr + tl.program_id(0).to(tl.int64) * (REACHED * DK), dtable * scale, r * DK, r < REACHED, DK, BLOCK_DK
+    )  # fmt: skip
+
+
+@triton.jit
+def _first_block(pixel, BLOCK: tl.constexpr, HALO: tl.constexpr):
+    """First block whose window reaches a row (or column) of pixels, -BLOCK < pixel."""
+    SHIFT: tl.constexpr = HALO // BLOCK + 2  # keeps the dividend positive
+    return tl.maximum((pixel - HALO + SHIFT * BLOCK) // BLOCK - SHIFT, 0)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _dkv_kernel(
+    q_ptr, kv_ptr, lse_ptr, grad_ptr, delta_ptr, relative_ptr, dkv_ptr,
+    q_stride_b, q_stride_h, q_stride_w, kv_stride_b, kv_stride_h, kv_stride_w, QH, QW, H, W, rows, cols, scale, factor,
+    HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SIDE: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr, SHIFT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """dv = p^T do and dk = scale * ds^T q, summed over the blocks whose window holds a key.
+
+    One program owns BLOCK_N keys of one head and of a square of BLOCK x BLOCK pixels, and walks over the queries of
+    the blocks that see the square. Squares lie SHIFT pixels above and left of the blocks: with half a block and a
+    halo of at most half a block, four blocks see a square (nine would see a block). The order is fixed and no atomics
+    are used, so the result is the same in every run.
+    """
+    WINDOW: tl.constexpr = BLOCK + 2 * HALO
+    TILES: tl.constexpr = (SIDE * SIDE + BLOCK_M - 1) // BLOCK_M
+    PARTS: tl.constexpr = (BLOCK * BLOCK + BLOCK_N - 1) // BLOCK_N
+    b = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    part = tl.program_id(0) // HEADS % PARTS
+    square = tl.program_id(0) // HEADS // PARTS
+    square_cols = (W + SHIFT + BLOCK - 1) // BLOCK
+    top_row = square // square_cols * BLOCK - SHIFT
+    left_col = square % square_cols * BLOCK - SHIFT
+
+    n = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_row, k_col = top_row + n // BLOCK, left_col + n % BLOCK
+    k_inside = (n < BLOCK * BLOCK) & (k_row >= 0) & (k_row < H) & (k_col >= 0) & (k_col < W)
+    k_offset = k_row * kv_stride_h + k_col * kv_stride_w
+    head_ptr = kv_ptr + b * kv_stride_b + head * (DK + DV)
+    k = _load(head_ptr, k_offset, k_inside, DK, BLOCK_DK)
+    v = _load(head_ptr + DK, k_offset, k_inside, DV, BLOCK_DV)
+
+    first_row, first_col = _first_block(top_row, BLOCK, HALO), _first_block(left_col, BLOCK, HALO)
+    seen_cols = tl.minimum((left_col + BLOCK - 1 + HALO) // BLOCK, cols - 1) - first_col + 1
+    seen_rows = tl.minimum((top_row + BLOCK - 1 + HALO) // BLOCK, rows - 1) - first_row + 1
+    stat = (b * HEADS + head) * QH * QW
+    dk = tl.zeros([BLOCK_N, BLOCK_DK], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for i in tl.range(0, seen_rows * seen_cols * TILES):
+        block = i // TILES
+        block_row, block_col = first_row + block // seen_cols, first_col + block % seen_cols
+        y, x, row, col, inside = _queries(block_row, block_col, i % TILES, QH, QW, SIDE, BLOCK_M)
+        position = row * QW + col
+        q = _load(q_ptr + b * q_stride_b + head * DK, row * q_stride_h + col * q_stride_w, inside, DK, BLOCK_DK)
+        out_base = b * QH * QW * (HEADS * DV) + head * DV
+        do = _load(grad_ptr + out_base, position * (HEADS * DV), inside, DV, BLOCK_DV)
+        relative = _load(relative_ptr + stat * BLOCK_J, position * BLOCK_J, inside, BLOCK_J, BLOCK_J)
+        lse = tl.load(lse_ptr + stat + position, mask=inside, other=0.0)
+        delta = tl.load(delta_ptr + stat + position, mask=inside, other=0.0)
+
+        ky, kx = k_row - block_row * BLOCK + HALO, k_col - block_col * BLOCK + HALO
+        seen = (ky >= 0) & (ky < WINDOW) & (kx >= 0) & (kx < WINDOW)
+        expansion = _expansion(tl.where(seen, ky, BLOCK_J - 1), kx, q.dtype, WINDOW, BLOCK_J)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        s = tl.dot(expansion, tl.trans(relative), s, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        # Queries off the map load zeros, which add nothing.
+        p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+
+    dkv_ptr += b * H * W * (HEADS * (DK + DV)) + head * (DK + DV)
+    offset = (k_row * W + k_col) * (HEADS * (DK + DV))
+    _store(dkv_ptr, dk * scale, offset, k_inside, DK, BLOCK_DK)
+    _store(dkv_ptr + DK, dv, offset, k_inside, DV, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _sum_kernel(
+    dtable_ptr, dheight_ptr, dwidth_ptr, parts, SIDE: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One row of a table's gradient: the sum of its partial sums [parts, 2 * N, D], or zero where none is reached."""
+    N: tl.constexpr = WINDOW + SIDE - 1
+    row = tl.program_id(0)
+    reached = row - (WINDOW - SIDE)
+    d = tl.arange(0, BLOCK_D)
+    p = tl.arange(0, BLOCK_P)
+    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    dtable_ptr += (tl.program_id(1) * N + reached) * D
+    for start in range(0, tl.where(reached < 0, 0, parts), BLOCK_P):
+        at = (start + p).to(tl.int64)
+        mask = (at < parts)[:, None] & (d < D)[None, :]
+        total += tl.load(dtable_ptr + at[:, None] * (2 * N * D) + d[None, :], mask=mask, other=0.0)
+    out_ptr = dheight_ptr if tl.program_id(1) == 0 else dwidth_ptr
+    tl.store(out_ptr + row * D + d, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+# Programs of the query gradient, each of which leaves a partial sum of the table gradients.
+MAX_PARTS = 2048
+# Programs that fill a GPU; below, heads are spread over programs rather than looped over.
+MIN_PROGRAMS = 1024
+# Key tiles that a kernel writes out.
+MAX_UNROLL = 6
+
+
+class Plan(NamedTuple):
+    """What the launches of one problem share, computed once for its sizes and strides."""
+
+    sizes: tuple  # the arguments after the pointers
+    work: tuple[int, int]  # tiles of queries in a program of the query gradient, and in all
+    relative: int  # width of R
+    table: tuple[int, ...]  # partial sums of the table gradients
+    launches: dict[str, tuple[tuple[int, int], dict]]  # grid and configuration by kernel
+
+
+def _heads_per_program(heads: int, tiles: int) -> int:
+    """The most heads that one program can loop over while enough programs remain."""
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or tiles * heads // n >= MIN_PROGRAMS))
+
+
+def _config(kernel: str, block_m: int, block_d: int) -> dict:
+    """Warps and stages of a kernel with tiles of block_m queries and head dimensions up to block_d."""
+    if block_m == 16:
+        return dict(num_warps=1 if kernel == "forward" and block_d < 64 else 2 if block_d < 128 else 4, num_stages=2)
+    return dict(num_warps=8 if block_d == 128 or block_m == 128 else 4, num_stages=2)
+
+
+@functools.lru_cache(maxsize=256)
+def plan(
+    q_shape: tuple, q_stride: tuple, kv_shape: tuple, kv_stride: tuple, geometry: Geometry,
+    scale: float, scale_position: bool, mask_border: bool, dtype: torch.dtype,
+) -> Plan:  # fmt: skip
+    """Choose tiles, configurations and grids."""
+    B, QH, QW, C = q_shape
+    H, W = kv_shape[1:3]
+    heads, block, halo, _ = geometry
+    side, window = geometry.side, geometry.window
+    rows, cols = block_grid((H, W), block)
+    DK, DV = C // heads, (kv_shape[3] - C) // heads
+    block_d = max(16, triton.next_power_of_2(max(DK, DV)))
+    reached = 2 * (window + side - 1)
+    sizes = (*q_stride[:3], *kv_stride[:3], QH, QW, H, W, rows, cols, scale, 1.0 if scale_position else 1.0 / scale)
+    block_m = min(64, max(16, triton.next_power_of_2(side * side)))
+    block_n = min(64, max(16, triton.next_power_of_2(window * window)))
+    block_j = max(16, triton.next_power_of_2(2 * window + 1))
+    meta = dict(
+        HEADS=heads, DK=DK, DV=DV,
+        BLOCK_DK=max(16, triton.next_power_of_2(DK)), BLOCK_DV=max(16, triton.next_power_of_2(DV)),
+        SIDE=side, BLOCK=block, HALO=halo, BLOCK_M=block_m, BLOCK_J=block_j,
+    )  # fmt: skip
+    tiles = rows * cols * triton.cdiv(side * side, block_m)
+    loop = _heads_per_program(heads, B * tiles)
+    walk = dict(
+        LOOP=loop, UNROLL=block_d <= 32 and triton.cdiv(window * window, block_n) <= MAX_UNROLL,
+        MASK_BORDER=mask_border, MASKED=-6e4 if dtype == torch.float16 else -1e30,
+        BLOCK_N=block_n, BLOCK_R=max(16, triton.next_power_of_2(reached)),
+    )  # fmt: skip
+    groups = heads // loop
+    chunk = triton.cdiv(B * tiles * groups, MAX_PARTS)
+    programs = triton.cdiv(B * tiles, chunk) * groups
+    # Squares of keys that lie across blocks are seen by four blocks while the halo is at most half a block.
+    shift = block // 2 if 0 < halo <= block // 2 else 0
+    square_rows, square_cols = block_grid((H + shift, W + shift), block)
+    block_k = min(64, max(16, triton.next_power_of_2(block * block)))
+    squares = square_rows * square_cols * triton.cdiv(block * block, block_k)
+    launches = {
+        "forward": ((tiles * groups, B), {**meta, **walk, **_config("forward", block_m, block_d)}),
+        "dq": ((programs, 1), {**meta, **walk, **_config("dq", block_m, block_d)}),
+        "dkv": ((squares * heads, B), {**meta, "SHIFT": shift, "BLOCK_N": block_k, **_config("dkv", block_k, block_d)}),
+        "sum": (
+            (2 * window - 1, 2),
+            dict(SIDE=side, WINDOW=window, D=DK, BLOCK_D=meta["BLOCK_DK"], BLOCK_P=32, num_warps=4),
+        ),
+    }
+    return Plan(sizes, (chunk, B * tiles), block_j, (programs, reached, DK), launches)
+
+
+def _prepare(q, kv, height_rel, width_rel, geometry, scale, scale_position, mask_border) -> tuple:
+    """Tensors as the kernels take them, and their plan."""
+    q, kv = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, kv))
+    chosen = plan(
+        q.shape, q.stride(), kv.shape, kv.stride(), geometry, scale, scale_position, mask_border, q.dtype
+    )  # fmt: skip
+    return q, kv, height_rel.contiguous(), width_rel.contiguous(), chosen
+
+
+def forward(
+    q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, geometry: Geometry,
+    scale: float, scale_position: bool, mask_border: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch the forward kernel: out [B, QH, QW, M*dv] and log2-sum-exp [B, M, QH, QW]."""
+    size = q.shape[:3]
+    out = torch.empty((*size, kv.shape[-1] - q.shape[-1]), dtype=q.dtype, device=q.device)
+    lse = torch.empty((size[0], geometry.heads, *size[1:]), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    *inputs, p = _prepare(q, kv, height_rel, width_rel, geometry, scale, scale_position, mask_border)
+    grid, config = p.launches["forward"]
+    _forward_kernel[grid](*inputs, out, lse, *p.sizes, **config)
+    return out, lse
+
+
+def backward(
+    grad: Tensor, q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, out: Tensor, lse: Tensor,
+    geometry: Geometry, scale: float, scale_position: bool, mask_border: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch the backward kernels: gradients of q, kv and the tables, contiguous and in the dtype of q."""
+    dq, dkv, dheight, dwidth = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, kv, height_rel, width_rel)
+    )  # fmt: skip
+    if out.numel() == 0:
+        return dq, dkv.zero_(), dheight.zero_(), dwidth.zero_()
+    q, kv, height_rel, width_rel, p = _prepare(
+        q, kv, height_rel, width_rel, geometry, scale, scale_position, mask_border
+    )  # fmt: skip
+    grad, delta = grad.contiguous(), torch.empty_like(lse)
+    relative = torch.empty((*lse.shape, p.relative), dtype=q.dtype, device=q.device)
+    dtable = torch.empty(p.table, dtype=torch.float32, device=q.device)
+    grid, config = p.launches["dq"]
+    _dq_kernel[grid](
+        q, kv, height_rel, width_rel, out, lse, grad, delta, relative, dq, dtable, *p.sizes, *p.work, **config
+    )  # fmt: skip
+    grid, config = p.launches["dkv"]
+    _dkv_kernel[grid](q, kv, lse, grad, delta, relative, dkv, *p.sizes, **config)
+    grid, config = p.launches["sum"]
+    _sum_kernel[grid](dtable, dheight, dwidth, p.table[0], **config)
+    return dq, dkv, dheight, dwidth
