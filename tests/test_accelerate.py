@@ -214,6 +214,15 @@ def test_compiles_and_exports():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_exports_with_a_dynamic_batch():
+    model = zoo.accelerate(small_net().eval())
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (torch.randn(2, 3, 9, 12),), dynamic_shapes=({0: batch},), strict=False)
+    x = torch.randn(5, 3, 9, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
 def test_tracing_keeps_the_layer():
     model, x = zoo.accelerate(narrow("halonet26t")).eval(), torch.randn(1, 3, 96, 64)
     nodes = timm.models.get_graph_node_names(model)[1]
@@ -268,3 +277,60 @@ def test_weights_from_a_file(tmp_path):
 def test_no_weights_no_model():
     with pytest.raises(HubError, match="No pretrained weights exist for 'halonet_h1'"):
         zoo.create_model("halonet_h1", pretrained=True)
+
+
+# Layers of timm's networks: strided and pooled queries, 24 and 72 channels per head, four heads.
+ON_A_GPU = [
+    dict(dim=128, num_heads=4),
+    dict(dim=256),
+    dict(dim=512, halo_size=2, stride=2),
+    dict(dim=576, block_size=7, halo_size=2, qk_ratio=0.33),
+    dict(dim=864, block_size=7, halo_size=2, qk_ratio=0.33, stride=2),
+    dict(dim=128, dim_head=16, halo_size=2, qkv_bias=True, scale_pos_embed=True),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("arguments", ON_A_GPU, ids=lambda kwargs: "-".join(map(str, kwargs.values())))
+def test_layers_on_a_gpu_are_as_exact_as_timms(arguments, dtype):
+    """Under autocast, output and gradients lie at most twice as far from float64 as timm's own."""
+    torch.manual_seed(0)
+    layer = HaloAttn(**arguments)
+    side = 2 * layer.block_size
+    x = torch.randn(3, arguments["dim"], side, 2 * side).to(memory_format=torch.channels_last)
+
+    def run(net, image, enabled):
+        net, image = net.train(), image.detach().requires_grad_()
+        with torch.autocast("cuda", dtype, enabled=enabled):
+            out = net(image)
+        grad = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype)
+        grads = torch.autograd.grad(out, [image, *net.parameters()], grad)
+        return [t.double().cpu() for t in (out.detach(), *grads)]
+
+    exact = run(copy.deepcopy(layer).double(), x.double(), False)
+    half = dtype != torch.float32
+    plain = run(copy.deepcopy(layer).cuda(), x.cuda(), half)
+    ours = run(zoo.accelerate(copy.deepcopy(layer).cuda()), x.cuda(), half)
+    names = ["output", "input", *dict(layer.named_parameters())]
+    for name, e, p, a in zip(names, exact, plain, ours, strict=True):
+        allowed = 2 * (p - e).abs().max() + 1e-5 * e.abs().max()
+        assert (a - e).abs().max() <= allowed, f"{name}: error {(a - e).abs().max():.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_network_on_a_gpu_trains_compiled():
+    torch.compiler.reset()
+    expected = narrow("halonet26t").cuda().train()
+    model = zoo.accelerate(copy.deepcopy(expected))
+    x = torch.randn(4, 3, 256, 256, device="cuda").to(memory_format=torch.channels_last)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        outputs = [net(x) for net in (compiled, expected)]
+        for out in outputs:
+            (out * torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out)).sum().backward()
+    assert_equal_to_rounding(*outputs, name="output", bound=1e-3)
+    for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert_equal_to_rounding(ours.grad, theirs.grad, name, bound=2e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -263,3 +264,39 @@ def test_checkpoints_of_an_unknown_window_keep_the_halo() -> None:
     with pytest.raises(ValueError, match="a window of 2 pixels, from a table of 3 rows, has no room for a halo of 1"):
         halo.checkpoint_filter_fn({name: torch.zeros(3, 4)}, model)
     model.load_state_dict(out)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["halo_nano", *(f"halo_{name}" for name in PARAMS)])
+def test_models_on_a_gpu_match_the_reference(name: str) -> None:
+    """An odd size, with gradients: the kernels against the plain formulation in float64 on the same device."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, layout=("h", "hh", "h", "h"), device="cuda").train()
+    for block in model.modules():
+        if isinstance(block, halo.Bottleneck):
+            # A new network has its branches switched off.
+            nn.init.ones_(block.conv3_1x1.bn.weight)
+    exact = copy.deepcopy(model).double()
+    x = torch.randn(2, 3, 161, 97, device="cuda")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        out, expected = model(x), exact(x.double())
+        for value in (out, expected):
+            (value * torch.linspace(-1, 1, value.numel(), device="cuda").view_as(value)).sum().backward()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    for (key, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        error = (p.grad.double() - q.grad).abs().max() / q.grad.abs().max().clamp_min(1e-6)
+        assert error < 1e-2, f"{key} is off by {error:.1e} of the largest value"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["halo_nano", "halo_h0"])
+def test_models_train_compiled_under_autocast(name: str) -> None:
+    torch.compiler.reset()
+    model = timm.create_model(name, num_classes=10, drop_path_rate=0.1).cuda().to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 128, 128, device="cuda").to(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = torch.compile(model, fullgraph=True)(x).square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
