@@ -235,7 +235,7 @@ def _dq_kernel(
     q_ptr, kv_ptr, height_ptr, width_ptr, out_ptr, lse_ptr, grad_ptr, delta_ptr, relative_ptr, dq_ptr, dtable_ptr,
     q_stride_b, q_stride_h, q_stride_w, kv_stride_b, kv_stride_h, kv_stride_w, QH, QW, H, W, rows, cols, scale, factor,
     chunk, tiles,
-    HEADS: tl.constexpr, LOOP: tl.constexpr, UNROLL: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    HEADS: tl.constexpr, LOOP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr,
     MASK_BORDER: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -279,24 +279,14 @@ def _dq_kernel(
         head_ptr = kv_ptr + b * kv_stride_b + head * (DK + DV)
         dq = tl.zeros([BLOCK_M, BLOCK_DK], tl.float32)
         dr = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)
-        if UNROLL:
-            for start in tl.static_range(0, WINDOW * WINDOW, BLOCK_N):
-                ky, kx, k_row, k_col, k_inside = _window_keys(
-                    start, top_row, left_col, H, W, WINDOW, MASK_BORDER, BLOCK_N, BLOCK_J
-                )
-                dq, dr = _dq_step(
-                    q, relative, do, lse, delta, head_ptr, ky, kx, k_row * kv_stride_h + k_col * kv_stride_w, k_inside,
-                    dq, dr, scale * LOG2E, DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, BLOCK_J,
-                )  # fmt: skip
-        else:
-            for start in tl.range(0, WINDOW * WINDOW, BLOCK_N):
-                ky, kx, k_row, k_col, k_inside = _window_keys(
-                    start, top_row, left_col, H, W, WINDOW, MASK_BORDER, BLOCK_N, BLOCK_J
-                )
-                dq, dr = _dq_step(
-                    q, relative, do, lse, delta, head_ptr, ky, kx, k_row * kv_stride_h + k_col * kv_stride_w, k_inside,
-                    dq, dr, scale * LOG2E, DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, BLOCK_J,
-                )  # fmt: skip
+        for start in tl.range(0, WINDOW * WINDOW, BLOCK_N):
+            ky, kx, k_row, k_col, k_inside = _window_keys(
+                start, top_row, left_col, H, W, WINDOW, MASK_BORDER, BLOCK_N, BLOCK_J
+            )
+            dq, dr = _dq_step(
+                q, relative, do, lse, delta, head_ptr, ky, kx, k_row * kv_stride_h + k_col * kv_stride_w, k_inside,
+                dq, dr, scale * LOG2E, DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, BLOCK_J,
+            )  # fmt: skip
 
         # R carries position / scale: the gradient of a position logit is scale * factor times ds.
         y, x = _again(y, i, QH), _again(x, i, QH)
@@ -428,16 +418,26 @@ class Plan(NamedTuple):
     launches: dict[str, tuple[tuple[int, int], dict]]  # grid and configuration by kernel
 
 
+def _tile(n: int, limit: int = 1024) -> int:
+    return min(limit, max(16, triton.next_power_of_2(n)))
+
+
 def _heads_per_program(heads: int, tiles: int) -> int:
     """The most heads that one program can loop over while enough programs remain."""
     return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or tiles * heads // n >= MIN_PROGRAMS))
 
 
-def _config(kernel: str, block_m: int, block_d: int) -> dict:
-    """Warps and stages of a kernel with tiles of block_m queries and head dimensions up to block_d."""
-    if block_m == 16:
-        return dict(num_warps=1 if kernel == "forward" and block_d < 64 else 2 if block_d < 128 else 4, num_stages=2)
-    return dict(num_warps=8 if block_d == 128 or block_m == 128 else 4, num_stages=2)
+def _config(kernel: str, geometry: Geometry, block_d: int, dtype: torch.dtype) -> dict:
+    """Tiles, warps and stages of a kernel at head dimensions up to block_d: such that registers do not spill."""
+    queries, keys = geometry.side**2, (geometry.block if kernel == "dkv" else geometry.window) ** 2
+    wide, full = block_d > 32, dtype == torch.float32
+    block_m = _tile(queries, 32 if kernel == "dkv" and wide else 64)
+    block_n = _tile(keys, 32 if full or (kernel == "dq" and wide) else 64)
+    config = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_stages=2)
+    if kernel == "forward":
+        config["UNROLL"] = not wide and not full and triton.cdiv(keys, block_n) <= MAX_UNROLL
+    own = block_n if kernel == "dkv" else block_m
+    return dict(config, num_warps=(4 if own > 16 else 2) * (2 if full or block_d == 128 else 1))
 
 
 @functools.lru_cache(maxsize=256)
@@ -452,40 +452,30 @@ def plan(
     side, window = geometry.side, geometry.window
     rows, cols = block_grid((H, W), block)
     DK, DV = C // heads, (kv_shape[3] - C) // heads
-    block_d = max(16, triton.next_power_of_2(max(DK, DV)))
-    reached = 2 * (window + side - 1)
     sizes = (*q_stride[:3], *kv_stride[:3], QH, QW, H, W, rows, cols, scale, 1.0 if scale_position else 1.0 / scale)
-    block_m = min(64, max(16, triton.next_power_of_2(side * side)))
-    block_n = min(64, max(16, triton.next_power_of_2(window * window)))
-    block_j = max(16, triton.next_power_of_2(2 * window + 1))
+    block_j, reached = _tile(2 * window + 1), 2 * (window + side - 1)
     meta = dict(
-        HEADS=heads, DK=DK, DV=DV,
-        BLOCK_DK=max(16, triton.next_power_of_2(DK)), BLOCK_DV=max(16, triton.next_power_of_2(DV)),
-        SIDE=side, BLOCK=block, HALO=halo, BLOCK_M=block_m, BLOCK_J=block_j,
+        HEADS=heads, DK=DK, DV=DV, BLOCK_DK=_tile(DK), BLOCK_DV=_tile(DV),
+        SIDE=side, BLOCK=block, HALO=halo, BLOCK_J=block_j,
     )  # fmt: skip
-    tiles = rows * cols * triton.cdiv(side * side, block_m)
+    forward, dq, dkv = (_config(kernel, geometry, _tile(max(DK, DV)), dtype) for kernel in ("forward", "dq", "dkv"))
+    tiles = rows * cols * triton.cdiv(side * side, forward["BLOCK_M"])  # of queries, the same in the query gradient
     loop = _heads_per_program(heads, B * tiles)
-    walk = dict(
-        LOOP=loop, UNROLL=block_d <= 32 and triton.cdiv(window * window, block_n) <= MAX_UNROLL,
-        MASK_BORDER=mask_border, MASKED=-6e4 if dtype == torch.float16 else -1e30,
-        BLOCK_N=block_n, BLOCK_R=max(16, triton.next_power_of_2(reached)),
-    )  # fmt: skip
     groups = heads // loop
+    masked = -6e4 if dtype == torch.float16 else -1e30
+    walk = dict(meta, LOOP=loop, MASK_BORDER=mask_border, MASKED=masked, BLOCK_R=_tile(reached))
     chunk = triton.cdiv(B * tiles * groups, MAX_PARTS)
     programs = triton.cdiv(B * tiles, chunk) * groups
     # Squares of keys that lie across blocks are seen by four blocks while the halo is at most half a block.
     shift = block // 2 if 0 < halo <= block // 2 else 0
     square_rows, square_cols = block_grid((H + shift, W + shift), block)
-    block_k = min(64, max(16, triton.next_power_of_2(block * block)))
-    squares = square_rows * square_cols * triton.cdiv(block * block, block_k)
+    squares = square_rows * square_cols * triton.cdiv(block * block, dkv["BLOCK_N"])
+    total = dict(SIDE=side, WINDOW=window, D=DK, BLOCK_D=_tile(DK), BLOCK_P=32, num_warps=4)
     launches = {
-        "forward": ((tiles * groups, B), {**meta, **walk, **_config("forward", block_m, block_d)}),
-        "dq": ((programs, 1), {**meta, **walk, **_config("dq", block_m, block_d)}),
-        "dkv": ((squares * heads, B), {**meta, "SHIFT": shift, "BLOCK_N": block_k, **_config("dkv", block_k, block_d)}),
-        "sum": (
-            (2 * window - 1, 2),
-            dict(SIDE=side, WINDOW=window, D=DK, BLOCK_D=meta["BLOCK_DK"], BLOCK_P=32, num_warps=4),
-        ),
+        "forward": ((tiles * groups, B), {**walk, **forward}),
+        "dq": ((programs, 1), {**walk, **dq}),
+        "dkv": ((squares * heads, B), {**meta, **dkv, "SHIFT": shift}),
+        "sum": ((2 * window - 1, 2), total),
     }
     return Plan(sizes, (chunk, B * tiles), block_j, (programs, reached, DK), launches)
 
