@@ -56,25 +56,30 @@ def _queries(block_row, block_col, tile, QH, QW, SIDE: tl.constexpr, BLOCK_M: tl
 
 
 @triton.jit
-def _window_keys(
-    start, top, left, H, W, WINDOW: tl.constexpr, MASK_BORDER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr
+def _expansion(y, x, dtype: tl.constexpr, WINDOW: tl.constexpr, BLOCK_J: tl.constexpr):
+    """E [N, BLOCK_J] of keys at rows y and columns x of the window."""
+    j = tl.arange(0, BLOCK_J)[None, :]
+    return tl.where((j == y[:, None]) | (j == x[:, None] + WINDOW), 1.0, 0.0).to(dtype)
+
+
+@triton.jit
+def _window_tile(
+    ptr, start, top, left, H, W, stride_h, stride_w, dtype: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    WINDOW: tl.constexpr, MASK_BORDER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a window's keys: coordinates in the window, row and column on the map, whether on the map."""
+    """Keys [BLOCK_N, DK], values [BLOCK_N, DV] and E of one head and the window with its corner at (top, left)."""
     n = start + tl.arange(0, BLOCK_N)
     y = n // WINDOW
     x = n - y * WINDOW
     row, col = top + y, left + x
     valid = n < WINDOW * WINDOW
     inside = valid & (row >= 0) & (row < H) & (col >= 0) & (col < W)
+    offset = row * stride_h + col * stride_w
+    k = _load(ptr, offset, inside, DK, BLOCK_DK)
+    v = _load(ptr + DK, offset, inside, DV, BLOCK_DV)
     y = tl.where(inside if MASK_BORDER else valid, y, BLOCK_J - 1)
-    return y, x, row, col, inside
-
-
-@triton.jit
-def _expansion(y, x, dtype: tl.constexpr, WINDOW: tl.constexpr, BLOCK_J: tl.constexpr):
-    """E [N, BLOCK_J] of keys at rows y and columns x of the window."""
-    j = tl.arange(0, BLOCK_J)[None, :]
-    return tl.where((j == y[:, None]) | (j == x[:, None] + WINDOW), 1.0, 0.0).to(dtype)
+    return k, v, _expansion(y, x, dtype, WINDOW, BLOCK_J)
 
 
 @triton.jit
@@ -132,14 +137,8 @@ _SIZES = ["QH", "QW", "H", "W", "rows", "cols", "chunk", "tiles"]
 
 
 @triton.jit
-def _softmax_step(q, relative, kv_ptr, y, x, offset, inside, top, norm, acc, qk_scale,
-    DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
-    WINDOW: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
+def _softmax_step(q, relative, k, v, expansion, top, norm, acc, qk_scale):
     """Take a tile of keys into the running maximum, denominator and weighted sum."""
-    k = _load(kv_ptr, offset, inside, DK, BLOCK_DK)
-    v = _load(kv_ptr + DK, offset, inside, DV, BLOCK_DV)
-    expansion = _expansion(y, x, q.dtype, WINDOW, BLOCK_J)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     s = tl.dot(relative, tl.trans(expansion), s, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     new_top = tl.maximum(top, tl.max(s, 1) * qk_scale)
@@ -151,23 +150,25 @@ def _softmax_step(q, relative, kv_ptr, y, x, offset, inside, top, norm, acc, qk_
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _forward_kernel(
+def _halo_forward_kernel(
     q_ptr, kv_ptr, height_ptr, width_ptr, out_ptr, lse_ptr,
     q_stride_b, q_stride_h, q_stride_w, kv_stride_b, kv_stride_h, kv_stride_w, QH, QW, H, W, rows, cols, scale, factor,
     HEADS: tl.constexpr, LOOP: tl.constexpr, UNROLL: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr,
     MASK_BORDER: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale * q k^T + position) v, and lse = log2 of the softmax denominator.
 
-    One program computes BLOCK_M queries of one block and LOOP heads over all keys of the window, BLOCK_N at a time.
+    One program computes BLOCK_M queries of one block and LOOP heads over all keys of the window, BLOCK_N at a time and
+    the last ones in a smaller tile of TAIL.
     UNROLL writes the key tiles out, so that what does not depend on the head (E, addresses, masks) is computed once
     for all heads; otherwise tiles are loaded ahead of their use. Bytes: q and kv read and out written once from HBM,
     kv (w / b)**2 times from L2. FLOPs: 2 N w^2 (DK + DV + BLOCK_J). Bound by exponentials at head dimension 16, by
     memory at 64.
     """
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
+    FULL: tl.constexpr = WINDOW * WINDOW // BLOCK_N * BLOCK_N
     TILES: tl.constexpr = (SIDE * SIDE + BLOCK_M - 1) // BLOCK_M
     b = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0) % (HEADS // LOOP)
@@ -189,23 +190,25 @@ def _forward_kernel(
         norm = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         if UNROLL:
-            for start in tl.static_range(0, WINDOW * WINDOW, BLOCK_N):
-                ky, kx, k_row, k_col, k_inside = _window_keys(
-                    start, top_row, left_col, H, W, WINDOW, MASK_BORDER, BLOCK_N, BLOCK_J
-                )
-                top, norm, acc = _softmax_step(
-                    q, relative, head_ptr, ky, kx, k_row * kv_stride_h + k_col * kv_stride_w, k_inside, top, norm, acc,
-                    scale * LOG2E, DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, BLOCK_J,
+            for start in tl.static_range(0, FULL, BLOCK_N):
+                k, v, expansion = _window_tile(
+                    head_ptr, start, top_row, left_col, H, W, kv_stride_h, kv_stride_w, q.dtype,
+                    DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, MASK_BORDER, BLOCK_N, BLOCK_J,
                 )  # fmt: skip
+                top, norm, acc = _softmax_step(q, relative, k, v, expansion, top, norm, acc, scale * LOG2E)
         else:
-            for start in tl.range(0, WINDOW * WINDOW, BLOCK_N):
-                ky, kx, k_row, k_col, k_inside = _window_keys(
-                    start, top_row, left_col, H, W, WINDOW, MASK_BORDER, BLOCK_N, BLOCK_J
-                )
-                top, norm, acc = _softmax_step(
-                    q, relative, head_ptr, ky, kx, k_row * kv_stride_h + k_col * kv_stride_w, k_inside, top, norm, acc,
-                    scale * LOG2E, DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, BLOCK_J,
+            for start in tl.range(0, FULL, BLOCK_N):
+                k, v, expansion = _window_tile(
+                    head_ptr, start, top_row, left_col, H, W, kv_stride_h, kv_stride_w, q.dtype,
+                    DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, MASK_BORDER, BLOCK_N, BLOCK_J,
                 )  # fmt: skip
+                top, norm, acc = _softmax_step(q, relative, k, v, expansion, top, norm, acc, scale * LOG2E)
+        if TAIL > 0:
+            k, v, expansion = _window_tile(
+                head_ptr, FULL, top_row, left_col, H, W, kv_stride_h, kv_stride_w, q.dtype,
+                DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, MASK_BORDER, TAIL, BLOCK_J,
+            )  # fmt: skip
+            top, norm, acc = _softmax_step(q, relative, k, v, expansion, top, norm, acc, scale * LOG2E)
         _store(
             out_ptr + b * QH * QW * (HEADS * DV) + head * DV, acc / norm[:, None], position * (HEADS * DV), inside,
             DV, BLOCK_DV,
@@ -214,14 +217,8 @@ def _forward_kernel(
 
 
 @triton.jit
-def _dq_step(q, relative, do, lse, delta, kv_ptr, y, x, offset, inside, dq, dr, qk_scale,
-    DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
-    WINDOW: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
+def _dq_step(q, relative, do, lse, delta, k, v, expansion, dq, dr, qk_scale):
     """Add what a tile of keys contributes to ds k and to ds E."""
-    k = _load(kv_ptr, offset, inside, DK, BLOCK_DK)
-    v = _load(kv_ptr + DK, offset, inside, DV, BLOCK_DV)
-    expansion = _expansion(y, x, q.dtype, WINDOW, BLOCK_J)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     s = tl.dot(relative, tl.trans(expansion), s, input_precision="ieee")
     p = tl.exp2(s * qk_scale - lse[:, None])
@@ -231,23 +228,24 @@ def _dq_step(q, relative, do, lse, delta, kv_ptr, y, x, offset, inside, dq, dr, 
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _dq_kernel(
+def _halo_dq_kernel(
     q_ptr, kv_ptr, height_ptr, width_ptr, out_ptr, lse_ptr, grad_ptr, delta_ptr, relative_ptr, dq_ptr, dtable_ptr,
     q_stride_b, q_stride_h, q_stride_w, kv_stride_b, kv_stride_h, kv_stride_w, QH, QW, H, W, rows, cols, scale, factor,
     chunk, tiles,
     HEADS: tl.constexpr, LOOP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr,
     MASK_BORDER: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * ds k + S table and a partial sum of dtable = S^T q, where S undoes the gather of ds E.
 
     ds = p (do v^T - delta), delta = rowsum(do out), p = exp2(logits - lse). One program computes LOOP heads of
     `chunk` consecutive tiles of queries, all images counted on, and sums the table gradient over them in registers;
-    `_sum_kernel` adds the programs, in a fixed order and without atomics. It also writes delta and R for the key and
+    `_halo_sum_kernel` adds the programs, in a fixed order and without atomics. It also writes delta and R for the key and
     value gradients.
     """
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
+    FULL: tl.constexpr = WINDOW * WINDOW // BLOCK_N * BLOCK_N
     TILES: tl.constexpr = (SIDE * SIDE + BLOCK_M - 1) // BLOCK_M
     group = tl.program_id(0) % (HEADS // LOOP)
     first = (tl.program_id(0) // (HEADS // LOOP)) * chunk
@@ -279,14 +277,18 @@ def _dq_kernel(
         head_ptr = kv_ptr + b * kv_stride_b + head * (DK + DV)
         dq = tl.zeros([BLOCK_M, BLOCK_DK], tl.float32)
         dr = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)
-        for start in tl.range(0, WINDOW * WINDOW, BLOCK_N):
-            ky, kx, k_row, k_col, k_inside = _window_keys(
-                start, top_row, left_col, H, W, WINDOW, MASK_BORDER, BLOCK_N, BLOCK_J
-            )
-            dq, dr = _dq_step(
-                q, relative, do, lse, delta, head_ptr, ky, kx, k_row * kv_stride_h + k_col * kv_stride_w, k_inside,
-                dq, dr, scale * LOG2E, DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, BLOCK_J,
+        for start in tl.range(0, FULL, BLOCK_N):
+            k, v, expansion = _window_tile(
+                head_ptr, start, top_row, left_col, H, W, kv_stride_h, kv_stride_w, q.dtype,
+                DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, MASK_BORDER, BLOCK_N, BLOCK_J,
             )  # fmt: skip
+            dq, dr = _dq_step(q, relative, do, lse, delta, k, v, expansion, dq, dr, scale * LOG2E)
+        if TAIL > 0:
+            k, v, expansion = _window_tile(
+                head_ptr, FULL, top_row, left_col, H, W, kv_stride_h, kv_stride_w, q.dtype,
+                DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, MASK_BORDER, TAIL, BLOCK_J,
+            )  # fmt: skip
+            dq, dr = _dq_step(q, relative, do, lse, delta, k, v, expansion, dq, dr, scale * LOG2E)
 
         # R carries position / scale: the gradient of a position logit is scale * factor times ds.
         y, x = _again(y, i, QH), _again(x, i, QH)
@@ -310,7 +312,7 @@ def _first_block(pixel, BLOCK: tl.constexpr, HALO: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _dkv_kernel(
+def _halo_dkv_kernel(
     q_ptr, kv_ptr, lse_ptr, grad_ptr, delta_ptr, relative_ptr, dkv_ptr,
     q_stride_b, q_stride_h, q_stride_w, kv_stride_b, kv_stride_h, kv_stride_w, QH, QW, H, W, rows, cols, scale, factor,
     HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -380,7 +382,7 @@ def _dkv_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _sum_kernel(
+def _halo_sum_kernel(
     dtable_ptr, dheight_ptr, dwidth_ptr, parts, SIDE: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -434,6 +436,8 @@ def _config(kernel: str, geometry: Geometry, block_d: int, dtype: torch.dtype) -
     block_m = _tile(queries, 32 if kernel == "dkv" and wide else 64)
     block_n = _tile(keys, 32 if full or (kernel == "dq" and wide) else 64)
     config = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_stages=2)
+    if kernel != "dkv":
+        config["TAIL"] = _tile(keys % block_n) if keys % block_n else 0
     if kernel == "forward":
         config["UNROLL"] = not wide and not full and triton.cdiv(keys, block_n) <= MAX_UNROLL
     own = block_n if kernel == "dkv" else block_m
@@ -501,7 +505,7 @@ def forward(
         return out, lse
     *inputs, p = _prepare(q, kv, height_rel, width_rel, geometry, scale, scale_position, mask_border)
     grid, config = p.launches["forward"]
-    _forward_kernel[grid](*inputs, out, lse, *p.sizes, **config)
+    _halo_forward_kernel[grid](*inputs, out, lse, *p.sizes, **config)
     return out, lse
 
 
@@ -522,11 +526,11 @@ def backward(
     relative = torch.empty((*lse.shape, p.relative), dtype=q.dtype, device=q.device)
     dtable = torch.empty(p.table, dtype=torch.float32, device=q.device)
     grid, config = p.launches["dq"]
-    _dq_kernel[grid](
+    _halo_dq_kernel[grid](
         q, kv, height_rel, width_rel, out, lse, grad, delta, relative, dq, dtable, *p.sizes, *p.work, **config
     )  # fmt: skip
     grid, config = p.launches["dkv"]
-    _dkv_kernel[grid](q, kv, lse, grad, delta, relative, dkv, *p.sizes, **config)
+    _halo_dkv_kernel[grid](q, kv, lse, grad, delta, relative, dkv, *p.sizes, **config)
     grid, config = p.launches["sum"]
-    _sum_kernel[grid](dtable, dheight, dwidth, p.table[0], **config)
+    _halo_sum_kernel[grid](dtable, dheight, dwidth, p.table[0], **config)
     return dq, dkv, dheight, dwidth
