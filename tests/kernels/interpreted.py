@@ -140,6 +140,16 @@ def test_halo_attention_with_several_tiles_for_a_program(monkeypatch: pytest.Mon
     check_halo([q, kv, *tables], (Geometry(1, 2, 1, 1), 0.5, False, False))
 
 
+def test_halo_attention_in_float16_with_large_logits() -> None:
+    """Position logits divided by the scale are beyond float16, where masked keys hold its least number."""
+    q, kv, tables = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 8), torch.randn(2, 7, 4)
+    inputs, settings = [x.half() for x in (q * 500, kv, *tables)], (Geometry(1, 2, 1, 1), 0.02, False, True)
+    out, lse = halo_kernels.forward(*inputs, *settings)
+    # Logits this far apart leave one key, which rounding may confuse with another: the result stays among the values.
+    assert torch.isfinite(lse).all() and (out.abs() <= inputs[1][..., 4:].abs().max()).all()
+    assert all(torch.isfinite(g).all() for g in halo_kernels.backward(out, *inputs, out, lse, *settings))
+
+
 def check_halo(inputs: list[torch.Tensor], settings: tuple) -> None:
     leaves = [x.clone().requires_grad_() for x in inputs]
     expected = halo_reference.halo_attention(*leaves, *settings)

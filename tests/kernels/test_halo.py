@@ -219,7 +219,7 @@ class _OnGpu:
         (Geometry(1, 8, 3, 1), (256, 320), 1.0, "query head dimension of 128, got 256"),
         (Geometry(2, 8, 3, 1), (32, 432), 1.0, "value head dimension of 128, got 200"),
         (Geometry(2, 32, 3, 1), (32, 64), 1.0, "64 relative positions along a side, .* got 69 for block 32 and halo 3"),
-        (Geometry(2, 8, 3, 1), (32, 64), 0.0, "the scale must be positive, got 0.0"),
+        (Geometry(2, 8, 3, 1), (32, 64), 0.0, r"scale must lie above 0 in torch.float32, got 0.0"),
     ],
 )
 def test_limits_of_the_kernels_are_explained(geometry: Geometry, channels: tuple, scale: float, message: str) -> None:
@@ -337,3 +337,11 @@ def test_kernel_copies_no_window() -> None:
     halo_attention(q, kv, table, table, heads=1, block=8, halo=3).sum().backward()
     # The output, its gradient, three gradients, R (half of q) and statistics; windows alone would take six maps.
     assert torch.cuda.max_memory_allocated() - start < 8 * q.numel() * q.element_size()
+
+
+@gpu
+def test_kernel_takes_large_logits_in_float16() -> None:
+    """Position logits divided by the scale are beyond float16."""
+    (q, kv, *tables), grad, args = make("masked", torch.float16, "cuda")
+    results = with_gradients(lambda *x: halo_attention(*x, **args, backend="triton"), [q * 5000, kv, *tables], grad)
+    assert all(torch.isfinite(x).all() for x in results)

@@ -14,6 +14,8 @@ from zoo.kernels.halo import reference
 from zoo.kernels.halo.reference import Geometry, query_size
 
 MAX_HEAD = 128
+# float16 holds position logits divided by the scale.
+MIN_SCALE = 2**-7
 # Reachable rows of one relative table: what a program holds in registers for a tile of queries.
 MAX_RELATIVE = 64
 
@@ -131,8 +133,9 @@ def can_run(q: Tensor, kv: Tensor, geometry: Geometry, scale: float, raise_error
             f"its limit is {MAX_RELATIVE} relative positions along a side, 2 * block + 2 * halo - 1 at stride 1, "
             f"got {relative} for block {geometry.block} and halo {geometry.halo}."
         )
-    if scale <= 0:
-        reasons.append(f"the scale must be positive, got {scale}.")
+    least = MIN_SCALE if q.dtype == torch.float16 else 0
+    if scale <= least:
+        reasons.append(f"its scale must lie above {least} in {q.dtype}, got {scale}.")
     return refuse(reasons, "halo_attention", raise_error)
 
 

@@ -107,7 +107,9 @@ def _relative(
     j = tl.arange(0, BLOCK_J)[None, :]
     index = tl.where(j < WINDOW, j - y[:, None], N - WINDOW + j - x[:, None]) + (SIDE - 1)
     index = tl.minimum(tl.maximum(index, 0), BLOCK_R - 1)  # of queries past the end and of unused columns
-    return tl.where(j < 2 * WINDOW, tl.gather(products, index, 1), MASKED).to(q.dtype)
+    # An infinity would turn the zeros of E into NaN; float16 has one at logits of some thousands.
+    relative = tl.minimum(tl.maximum(tl.gather(products, index, 1), MASKED), -MASKED)
+    return tl.where(j < 2 * WINDOW, relative, MASKED).to(q.dtype)
 
 
 @triton.jit
@@ -161,11 +163,10 @@ def _halo_forward_kernel(
     """out = softmax(scale * q k^T + position) v, and lse = log2 of the softmax denominator.
 
     One program computes BLOCK_M queries of one block and LOOP heads over all keys of the window, BLOCK_N at a time and
-    the last ones in a smaller tile of TAIL.
-    UNROLL writes the key tiles out, so that what does not depend on the head (E, addresses, masks) is computed once
-    for all heads; otherwise tiles are loaded ahead of their use. Bytes: q and kv read and out written once from HBM,
-    kv (w / b)**2 times from L2. FLOPs: 2 N w^2 (DK + DV + BLOCK_J). Bound by exponentials at head dimension 16, by
-    memory at 64.
+    the last ones in a smaller tile of TAIL. UNROLL writes the key tiles out, so that what does not depend on the head
+    (E, addresses, masks) is computed once for all heads; otherwise tiles are loaded ahead of their use. Bytes: q and
+    kv read and out written once from HBM, kv (w / b)^2 times from L2. FLOPs a query and head: 2 w^2 (DK + DV +
+    BLOCK_J) and w^2 exponentials, where unfolding writes and reads three matrices of w^2 logits a query.
     """
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     FULL: tl.constexpr = WINDOW * WINDOW // BLOCK_N * BLOCK_N
@@ -241,8 +242,8 @@ def _halo_dq_kernel(
 
     ds = p (do v^T - delta), delta = rowsum(do out), p = exp2(logits - lse). One program computes LOOP heads of
     `chunk` consecutive tiles of queries, all images counted on, and sums the table gradient over them in registers;
-    `_halo_sum_kernel` adds the programs, in a fixed order and without atomics. It also writes delta and R for the key and
-    value gradients.
+    `_halo_sum_kernel` adds the programs, in a fixed order and without atomics. It also writes delta and R for the key
+    and value gradients. FLOPs a query and head: 2 w^2 (2 DK + DV + 2 BLOCK_J).
     """
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     FULL: tl.constexpr = WINDOW * WINDOW // BLOCK_N * BLOCK_N
@@ -290,17 +291,16 @@ def _halo_dq_kernel(
             )  # fmt: skip
             dq, dr = _dq_step(q, relative, do, lse, delta, k, v, expansion, dq, dr, scale * LOG2E)
 
-        # R carries position / scale: the gradient of a position logit is scale * factor times ds.
         y, x = _again(y, i, QH), _again(x, i, QH)
-        dproducts = _relative_gradient(dr * factor, y, x, SIDE, WINDOW, BLOCK_J, BLOCK_R).to(q.dtype)
-        dq = tl.dot(dproducts, table, dq, input_precision="ieee") * scale
+        dproducts = _relative_gradient(dr * (scale * factor), y, x, SIDE, WINDOW, BLOCK_J, BLOCK_R).to(q.dtype)
+        dq = tl.dot(dproducts, table, dq * scale, input_precision="ieee")
         dtable = tl.dot(tl.trans(dproducts), q, dtable, input_precision="ieee")
         _store(dq_ptr + b * QH * QW * (HEADS * DK) + head * DK, dq, position * (HEADS * DK), inside, DK, BLOCK_DK)
 
     REACHED: tl.constexpr = 2 * (WINDOW + SIDE - 1)
     r = tl.arange(0, BLOCK_R)
     _store(
-        dtable_ptr + tl.program_id(0).to(tl.int64) * (REACHED * DK), dtable * scale, r * DK, r < REACHED, DK, BLOCK_DK
+        dtable_ptr + tl.program_id(0).to(tl.int64) * (REACHED * DK), dtable, r * DK, r < REACHED, DK, BLOCK_DK
     )  # fmt: skip
 
 
@@ -324,7 +324,7 @@ def _halo_dkv_kernel(
     One program owns BLOCK_N keys of one head and of a square of BLOCK x BLOCK pixels, and walks over the queries of
     the blocks that see the square. Squares lie SHIFT pixels above and left of the blocks: with half a block and a
     halo of at most half a block, four blocks see a square (nine would see a block). The order is fixed and no atomics
-    are used, so the result is the same in every run.
+    are used, so the result is the same in every run. FLOPs a key and head: 8 side^2 (2 DK + 2 DV + BLOCK_J).
     """
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     TILES: tl.constexpr = (SIDE * SIDE + BLOCK_M - 1) // BLOCK_M
@@ -364,7 +364,7 @@ def _halo_dkv_kernel(
         delta = tl.load(delta_ptr + stat + position, mask=inside, other=0.0)
 
         ky, kx = k_row - block_row * BLOCK + HALO, k_col - block_col * BLOCK + HALO
-        seen = (ky >= 0) & (ky < WINDOW) & (kx >= 0) & (kx < WINDOW)
+        seen = k_inside & (ky >= 0) & (ky < WINDOW) & (kx >= 0) & (kx < WINDOW)
         expansion = _expansion(tl.where(seen, ky, BLOCK_J - 1), kx, q.dtype, WINDOW, BLOCK_J)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
         s = tl.dot(expansion, tl.trans(relative), s, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
@@ -386,11 +386,14 @@ def _halo_sum_kernel(
     dtable_ptr, dheight_ptr, dwidth_ptr, parts, SIDE: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One row of a table's gradient: the sum of its partial sums [parts, 2 * N, D], or zero where none is reached."""
+    """BLOCK_D channels of a row of a table's gradient: the sum of its partial sums [parts, 2 * N, D], or zero.
+
+    No block reaches the first rows of a table.
+    """
     N: tl.constexpr = WINDOW + SIDE - 1
     row = tl.program_id(0)
     reached = row - (WINDOW - SIDE)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     p = tl.arange(0, BLOCK_P)
     total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     dtable_ptr += (tl.program_id(1) * N + reached) * D
@@ -417,7 +420,7 @@ class Plan(NamedTuple):
     work: tuple[int, int]  # tiles of queries in a program of the query gradient, and in all
     relative: int  # width of R
     table: tuple[int, ...]  # partial sums of the table gradients
-    launches: dict[str, tuple[tuple[int, int], dict]]  # grid and configuration by kernel
+    launches: dict[str, tuple[tuple[int, ...], dict]]  # grid and configuration by kernel
 
 
 def _tile(n: int, limit: int = 1024) -> int:
@@ -474,12 +477,12 @@ def plan(
     shift = block // 2 if 0 < halo <= block // 2 else 0
     square_rows, square_cols = block_grid((H + shift, W + shift), block)
     squares = square_rows * square_cols * triton.cdiv(block * block, dkv["BLOCK_N"])
-    total = dict(SIDE=side, WINDOW=window, D=DK, BLOCK_D=_tile(DK), BLOCK_P=32, num_warps=4)
+    total = dict(SIDE=side, WINDOW=window, D=DK, BLOCK_D=16, BLOCK_P=min(512, _tile(programs)), num_warps=8)
     launches = {
         "forward": ((tiles * groups, B), {**walk, **forward}),
         "dq": ((programs, 1), {**walk, **dq}),
         "dkv": ((squares * heads, B), {**meta, **dkv, "SHIFT": shift}),
-        "sum": ((2 * window - 1, 2), total),
+        "sum": ((2 * window - 1, 2, triton.cdiv(DK, 16)), total),
     }
     return Plan(sizes, (chunk, B * tiles), block_j, (programs, reached, DK), launches)
 
