@@ -343,5 +343,6 @@ def test_kernel_copies_no_window() -> None:
 def test_kernel_takes_large_logits_in_float16() -> None:
     """Position logits divided by the scale are beyond float16."""
     (q, kv, *tables), grad, args = make("masked", torch.float16, "cuda")
-    results = with_gradients(lambda *x: halo_attention(*x, **args, backend="triton"), [q * 5000, kv, *tables], grad)
+    args = dict(args, scale=0.01, backend="triton")
+    results = with_gradients(lambda *x: halo_attention(*x, **args), [q * 200, kv, *tables], grad)
     assert all(torch.isfinite(x).all() for x in results)
