@@ -225,7 +225,8 @@ def test_suites_of_an_installed_package(tmp_path, monkeypatch):
 def test_op_suites_run(name, tmp_path):
     assert quick(name, "--out", str(tmp_path)) == 0
     rows = rows_of(tmp_path / f"{name}.csv")
-    assert {"zoo", "plain"} <= {row["provider"] for row in rows}
+    for op in {row["name"] for row in rows}:
+        assert {"zoo", OPS[op].baseline} <= {row["provider"] for row in rows if row["name"] == op}
     assert {row["mode"] for row in rows} == {"forward", "forward+backward"}
 
 
@@ -238,6 +239,22 @@ def test_model_suite_runs(write_suite, tmp_path):
         ("train", "timm", "img/s"),
     ]
     assert all(float(row["p50"]) > 0 for row in rows)
+
+
+def test_models_of_timm_run_under_accelerate_too(write_suite, tmp_path):
+    suite = write_suite(models=["halonet26t", "biformer_nano"], accelerate=True, batch=1, size=256, modes=["inference"])
+    assert quick(suite, "--out", str(tmp_path)) == 0
+    rows = rows_of(tmp_path / "toy.csv")
+    assert [(row["name"], row["provider"]) for row in rows] == [
+        ("halonet26t", "timm"),
+        ("halonet26t", "accelerate"),
+        ("biformer_nano", "zoo"),
+    ]
+
+
+def test_nothing_to_accelerate_fails(write_suite, capsys):
+    assert quick(write_suite(models=["test_convnext"], accelerate=True, batch=1, size=32, modes=["inference"])) == 1
+    assert "nothing to accelerate" in capsys.readouterr().err
 
 
 def test_unknown_model_fails(write_suite, capsys):
@@ -263,6 +280,7 @@ def test_profile_groups_kernels(write_suite, capsys):
         ("aten::addmm", "gemm"),
         ("void flash_fwd_kernel<Flash_fwd_kernel_traits<32>>", "attention"),
         ("_bilevel_forward_kernel", "attention"),
+        ("_halo_forward_kernel", "attention"),
         ("void conv_depthwise2d_forward_kernel_generic", "conv"),
         ("sm80_xmma_fprop_implicit_gemm_bf16bf16", "conv"),
         ("void at::native::vectorized_layer_norm_kernel<c10::BFloat16>", "norm"),

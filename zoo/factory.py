@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo import hub
+from zoo.accelerate import accelerate, can_accelerate
 
 # Any of these in `pretrained_cfg` or its overlay says where the weights are.
 _SOURCES = ("url", "file", "hf_hub_id", "state_dict")
@@ -80,6 +81,11 @@ class ModelInfo:
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Create a model by name.
 
+    timm's halo attention models (`halonet50ts.a1h_in1k` with weights from the hub, `halonet26t`, `sehalonet33ts`,
+    `eca_halonext26ts`, `haloregnetz_b`, `halo2botnet50ts_256`, `lamhalobotnet50ts_256`, `halonet_h1`) come out of
+    `zoo.accelerate`: on this package's op, equal to rounding, the halo layers for maps of any size. `zoo.restore` gives
+    timm's layers back.
+
     Args:
         name: `arch`, `arch.tag`, `hf-hub:org/name[@revision]` or `local-dir:path`. timm's own names work too.
         pretrained: Load pretrained weights. Never yields a random model: without weights this raises.
@@ -104,7 +110,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     else:
         _check_arch(hub.fetch_config(location, kwargs.get("cache_dir")), location)
     with hub.explain_errors(name):
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    return accelerate(model) if can_accelerate(model) else model
 
 
 def list_models(

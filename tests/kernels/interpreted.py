@@ -15,6 +15,9 @@ from zoo.kernels.bilevel_routing import reference, triton_routing
 from zoo.kernels.bilevel_routing import triton as kernels
 from zoo.kernels.depthwise_conv import reference as conv_reference
 from zoo.kernels.depthwise_conv import triton as conv_kernels
+from zoo.kernels.halo import reference as halo_reference
+from zoo.kernels.halo import triton as halo_kernels
+from zoo.kernels.halo.reference import Geometry
 
 # (map, channels, heads, region, topk, key map, key region, mask_padding, distinct) and the designs expected.
 PROBLEMS = {
@@ -166,3 +169,53 @@ def test_agent_attention_splits_long_sequences() -> None:
     p = agent_kernels.plan(1, q.shape[1], k.shape[1], 3, 16, heads, False, False, True)
     assert p.aggregate.chunks == 2 and p.agent_gradient.chunks == 3
     assert agent_kernels.plan(1, 24, 27, 70, 48, 2, False, False, True).aggregate.config["AGENT_BLOCKS"] == 2
+
+
+# (batch, height, width, geometry, dqk, dv, scale_position, mask_border) and whether key tiles are written out.
+HALO_PROBLEMS = {
+    "padded": (1, 5, 10, Geometry(2, 8, 3, 1), 16, 16, False, False, True),
+    "masked": (1, 9, 7, Geometry(1, 8, 3, 1), 16, 16, False, True, False),
+    "strided": (2, 9, 6, Geometry(1, 8, 3, 2), 16, 24, True, False, False),
+    "wide_halo": (1, 5, 6, Geometry(2, 4, 3, 1), 12, 20, False, False, True),
+    "no_halo": (1, 6, 7, Geometry(1, 4, 0, 1), 4, 12, False, True, True),
+    "two_tiles": (1, 7, 5, Geometry(1, 10, 1, 1), 16, 40, False, False, False),
+}
+
+
+@pytest.mark.parametrize("name", HALO_PROBLEMS)
+def test_halo_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    B, H, W, geometry, dqk, dv, *flags, unroll = HALO_PROBLEMS[name]
+    monkeypatch.setattr(halo_kernels, "MAX_UNROLL", 100 if unroll else 0)
+    halo_kernels.plan.cache_clear()
+    torch.manual_seed(0)
+    q = torch.randn(B, *halo_reference.query_size((H, W), geometry.stride), geometry.heads * dqk)
+    kv = torch.randn(B, H, W, geometry.heads * (dqk + dv) + 8)[..., 8:]
+    tables = torch.randn(2, 2 * geometry.window - 1, dqk) / 4
+    check_halo([q, kv, *tables], (geometry, 0.3, *flags))
+
+
+def test_halo_attention_with_several_tiles_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halo_kernels, "MAX_PARTS", 2)
+    halo_kernels.plan.cache_clear()
+    q, kv, tables = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 8), torch.randn(2, 7, 4) / 2
+    check_halo([q, kv, *tables], (Geometry(1, 2, 1, 1), 0.5, False, False))
+
+
+def test_halo_attention_in_float16_with_large_logits() -> None:
+    """Position logits divided by the scale are beyond float16, where masked keys hold its least number."""
+    q, kv, tables = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 8), torch.randn(2, 7, 4)
+    inputs, settings = [x.half() for x in (q * 500, kv, *tables)], (Geometry(1, 2, 1, 1), 0.02, False, True)
+    out, lse = halo_kernels.forward(*inputs, *settings)
+    # Logits this far apart leave one key, which rounding may confuse with another: the result stays among the values.
+    assert torch.isfinite(lse).all() and (out.abs() <= inputs[1][..., 4:].abs().max()).all()
+    assert all(torch.isfinite(g).all() for g in halo_kernels.backward(out, *inputs, out, lse, *settings))
+
+
+def check_halo(inputs: list[torch.Tensor], settings: tuple) -> None:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    expected = halo_reference.halo_attention(*leaves, *settings)
+    grad = torch.randn_like(expected)
+    out, lse = halo_kernels.forward(*inputs, *settings)
+    grads = halo_kernels.backward(grad, *inputs, out, lse, *settings)
+    torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, grad), rtol=1e-4, atol=1e-5)

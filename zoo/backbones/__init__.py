@@ -1,3 +1,3 @@
-"""Model families, one file each; importing a family registers its models with timm."""
+"""Model families; importing one registers its models with timm."""
 
-from zoo.backbones import agent, biformer  # noqa: F401
+from zoo.backbones import agent, biformer, halo  # noqa: F401

@@ -12,12 +12,14 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from zoo.accelerate import accelerate
+
 # Modes of torch.compile, and "none" for eager. "reduce-overhead" replays CUDA graphs.
 COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune")
 # First match wins. Names of CUDA kernels, Triton kernels and, on a CPU, of aten operators.
 KERNEL_GROUPS = (
     ("optimizer", r"adam|multi_tensor_apply|optimizer"),
-    ("attention", r"attention|attn|flash|fmha|sdpa|bilevel|route_regions|softmax"),
+    ("attention", r"attention|attn|flash|fmha|sdpa|bilevel|halo|route_regions|softmax"),
     ("conv", r"conv|dgrad|wgrad|implicit_gemm|depthwise|cudnn.*(fprop|engine)|im2col|nchwtonhwc|nhwctonchw"),
     ("gemm", r"gemm|cutlass|nvjet|cublas|matmul|::(mm|bmm|addmm|baddbmm)\b|splitkreduce|xmma"),
     ("norm", r"norm|batch_stats|welford"),
@@ -41,6 +43,8 @@ class Job:
     compile: str
     channels_last: bool
     device: torch.device
+    # What `providers_of` names: "accelerate" runs timm's model on our ops.
+    provider: str = ""
 
     @property
     def config(self) -> str:
@@ -56,10 +60,18 @@ def provider_of(model: str) -> str:
     return "zoo" if timm.model_entrypoint(model).__module__.startswith("zoo.") else "timm"
 
 
+def providers_of(model: str, accelerate: bool) -> list[str]:
+    """Who runs a model: its own package, and for a model of timm `zoo.accelerate` too where the suite asks for it."""
+    own = provider_of(model)
+    return [own, "accelerate"] if accelerate and own == "timm" else [own]
+
+
 def build(job: Job) -> Callable[[], Any]:
     """Make the model and its inputs and return one step: a forward pass, or forward, backward and AdamW update."""
     torch.manual_seed(0)
     model = timm.create_model(job.model, **size_argument(job.model, job.size))
+    if job.provider == "accelerate":
+        accelerate(model)
     model = model.to(job.device).train(job.mode == "train")
     images = torch.randn(job.batch, 3, job.size, job.size, device=job.device)
     if job.channels_last:

@@ -411,9 +411,93 @@ class DepthwiseConv(Op):
         return maps * size + (3 if backward else 1) * weights
 
 
+@functools.cache
+def compiled_halo():
+    """The plain formulation of halo attention as generated Triton code."""
+    from zoo.kernels.halo import reference
+
+    return torch.compile(reference.halo_attention, dynamic=False)
+
+
+class HaloAttention(Op):
+    """Halo attention without its projections; shape: batch, height, width, channels, heads, block, halo, [stride].
+
+    Queries, keys and values have ``channels`` each; keys and values are interleaved by head, as one projection leaves
+    them.
+    """
+
+    leaves = ("q", "kv", "height_rel", "width_rel")
+
+    def make_inputs(self, shape, dtype, device, seed=0):
+        heads, block, halo, stride = (shape.get(name, 1) for name in ("heads", "block", "halo", "stride"))
+        batch, height, width, channels = (shape[name] for name in ("batch", "height", "width", "channels"))
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def randn(*size, scale=1.0):
+            values = torch.randn(*size, generator=generator, device=device, dtype=torch.float32) * scale
+            return values.to(dtype).requires_grad_()
+
+        rows, key = 2 * (block + 2 * halo) - 1, channels // heads
+        return {
+            "q": randn(batch, -(-height // stride), -(-width // stride), channels),
+            "kv": randn(batch, height, width, 2 * channels),
+            "height_rel": randn(rows, key, scale=key**-0.5),
+            "width_rel": randn(rows, key, scale=key**-0.5),
+            "settings": {"heads": heads, "block": block, "halo": halo, "stride": stride},
+        }
+
+    def providers(self, device):
+        providers = {"zoo": self._zoo, "plain": self._plain}
+        if device.type == "cuda":
+            providers["plain_compiled"] = self._compiled
+        return providers
+
+    @staticmethod
+    def _zoo(inputs, backend="auto"):
+        from zoo.kernels.halo import halo_attention
+
+        tensors = (inputs[name] for name in HaloAttention.leaves)
+        return halo_attention(*tensors, **inputs["settings"], backend=backend)
+
+    @staticmethod
+    def _plain(inputs):
+        """Windows unfolded, explicit position logits, softmax, matrix product: the definition of the op."""
+        return HaloAttention._zoo(inputs, "reference")
+
+    @staticmethod
+    def _compiled(inputs):
+        from zoo.kernels.halo import reference
+
+        tensors = [inputs[name] for name in HaloAttention.leaves]
+        geometry = reference.Geometry(**inputs["settings"])
+        return compiled_halo()(*tensors, geometry, tensors[2].shape[-1] ** -0.5)
+
+    @staticmethod
+    def _sizes(shape) -> tuple[int, int, int, int]:
+        """Pixels, queries, channels and side of the window."""
+        stride = shape.get("stride", 1)
+        queries = -(-shape["height"] // stride) * -(-shape["width"] // stride)
+        window = shape["block"] + 2 * shape["halo"]
+        return shape["batch"] * shape["height"] * shape["width"], shape["batch"] * queries, shape["channels"], window
+
+    def bytes(self, shape, dtype, backward):
+        # Forward: read q and kv, write o. Backward: read q, kv, o and its gradient, write the gradients of q and kv.
+        pixels, queries, channels, window = self._sizes(shape)
+        maps = (6 * queries + 6 * pixels if backward else 2 * queries + 2 * pixels) * channels
+        tables = (6 if backward else 2) * (2 * window - 1) * channels // shape["heads"]
+        return (maps + tables) * element_size(dtype)
+
+    def flops(self, shape, backward):
+        # Forward two products, and a row of each table for each row and column of the window; backward five.
+        _, queries, channels, window = self._sizes(shape)
+        keys, positions = window**2, 2 * window
+        return 2 * queries * channels * (7 * keys + 4 * positions if backward else 2 * keys + positions)
+
+
 OPS: dict[str, Op] = {
     "agent_attention": AgentAttention(),
     "bilevel_attention": BilevelAttention(),
     "bilevel_routing": BilevelRouting(),
     "depthwise_conv": DepthwiseConv(),
+    "halo_attention": HaloAttention(),
 }

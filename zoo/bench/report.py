@@ -202,8 +202,8 @@ def draw_panel(axis: Any, title: str, rows: list[dict[str, str]], providers: lis
         [median - float(row["p20"] or median) for median, row in zip(medians, rows, strict=True)],
         [float(row["p80"] or median) - median for median, row in zip(medians, rows, strict=True)],
     ]
-    subject = "name" if rows[0]["unit"] == "img/s" else "provider"
-    labels = [f"{short(row['config'])}  {row[subject]}" for row in rows]
+    subjects = ("name", "provider") if rows[0]["unit"] == "img/s" else ("provider",)
+    labels = ["  ".join([short(row["config"]), *(row[key] for key in subjects)]) for row in rows]
     colors = [f"C{providers.index(row['provider']) % 10}" for row in rows]
     bars = axis.barh(
         range(len(rows)), medians, xerr=[[max(value, 0) for value in side] for side in spread], color=colors

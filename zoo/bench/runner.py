@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -309,14 +310,14 @@ def add_speedups(rows: list[dict[str, Any]], baseline: str) -> None:
         row["speedup"] = float(f"{plain[column] / row[column]:.4g}")
 
 
-def jobs(suite: suites.Suite, options: Options) -> Iterator[tuple[models.Job, str, str]]:
-    """The measurements of a model suite with provider and dtype name, after the filters."""
+def jobs(suite: suites.Suite, options: Options) -> Iterator[tuple[models.Job, str]]:
+    """The measurements of a model suite with their dtype's name, after the filters."""
     settings = suite.settings
     for model in settings["models"]:
-        provider = models.provider_of(model)
+        providers = models.providers_of(model, settings.get("accelerate", False))
         for dtype in options.dtypes or settings.get("dtypes", ["float32"]):
             for mode in settings.get("modes", suites.MODEL_MODES):
-                for compiled in settings.get("compile", ["none"]):
+                for compiled, provider in itertools.product(settings.get("compile", ["none"]), providers):
                     job = models.Job(
                         model,
                         settings["batch"],
@@ -326,9 +327,10 @@ def jobs(suite: suites.Suite, options: Options) -> Iterator[tuple[models.Job, st
                         compiled,
                         settings.get("channels_last", True),
                         options.device,
+                        provider,
                     )
                     if options.wants(suite.name, model, job.config, dtype, mode, provider):
-                        yield job, provider, dtype
+                        yield job, dtype
 
 
 def run_models(suite: suites.Suite, options: Options, outcome: Outcome) -> None:
@@ -338,8 +340,8 @@ def run_models(suite: suites.Suite, options: Options, outcome: Outcome) -> None:
     except ValueError as error:
         outcome.fail(f"{suite.name}: {error}")
         return
-    for job, provider, dtype in todo:
-        label = f"{job.model} [{job.config}] {dtype} {job.mode}"
+    for job, dtype in todo:
+        label = f"{job.model} [{job.config}] {dtype} {job.mode} {job.provider}"
         note(label)
         torch.compiler.reset()
         try:
@@ -354,7 +356,7 @@ def run_models(suite: suites.Suite, options: Options, outcome: Outcome) -> None:
             options.device,
             suite=suite.name,
             name=job.model,
-            provider=provider,
+            provider=job.provider,
             config=job.config,
             dtype=dtype,
             mode=job.mode,

@@ -1,8 +1,9 @@
 """Suites: YAML files that say what to run, and where results go.
 
 An op suite has ``ops``, ``shapes``, ``dtypes``, ``modes`` and optionally ``providers``; a model suite has ``models``,
-``batch``, ``size``, ``dtypes``, ``modes``, ``compile`` and ``channels_last``. The sections ``cpu`` and ``quick``
-override keys on a machine without a GPU and under ``--quick``.
+``batch``, ``size``, ``dtypes``, ``modes``, ``compile``, ``channels_last`` and ``accelerate`` (time timm's models under
+`zoo.accelerate` too). The sections ``cpu`` and ``quick`` override keys on a machine without a GPU and under
+``--quick``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import yaml
 
 OP_KEYS = {"ops", "shapes", "dtypes", "modes", "providers", "batch"}
-MODEL_KEYS = {"models", "batch", "size", "dtypes", "modes", "compile", "channels_last"}
+MODEL_KEYS = {"models", "batch", "size", "dtypes", "modes", "compile", "channels_last", "accelerate"}
 OP_MODES = ("forward", "forward+backward")
 MODEL_MODES = ("inference", "train")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -91,6 +92,7 @@ def check_keys(name: str, kind: str, data: dict[str, Any]) -> None:
 
 def check_values(name: str, kind: str, data: dict[str, Any]) -> None:
     """Refuse unknown ops, dtypes and modes, and missing keys."""
+    import zoo.bench.layers  # noqa: F401  adds its adapters to OPS
     from zoo.bench.models import COMPILE_MODES
     from zoo.bench.ops import OPS
 

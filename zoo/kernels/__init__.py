@@ -3,6 +3,7 @@
 from zoo.kernels.agent import AgentBias, agent_attention
 from zoo.kernels.bilevel_routing import Routing, bilevel_attention, bilevel_routing, route_regions
 from zoo.kernels.depthwise_conv import depthwise_conv2d
+from zoo.kernels.halo import halo_attention
 
 __all__ = [
     "AgentBias",
@@ -11,5 +12,6 @@ __all__ = [
     "bilevel_attention",
     "bilevel_routing",
     "depthwise_conv2d",
+    "halo_attention",
     "route_regions",
 ]
