@@ -17,6 +17,8 @@ from triton.runtime.jit import JITFunction
 from zoo.kernels.bilevel_routing import triton as attention
 from zoo.kernels.bilevel_routing import triton_routing
 from zoo.kernels.depthwise_conv import triton as conv
+from zoo.kernels.factorized import triton as factorized
+from zoo.kernels.factorized import triton_pool
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 OPTIONS = ("num_warps", "num_stages")
@@ -30,6 +32,17 @@ STAGES = {
     "stage3": ((14, 14), 256, 8, (2, 2), 16),
     "stage1_512": ((128, 128), 64, 2, (16, 16), 1),
     "large": ((40, 40), 64, 2, (20, 20), 1),
+}
+# Attention of FaViT: (side of the map, channels, heads, sr_ratio). Stages of B1 and B2, the narrowest stage of B0, the
+# widest of B3, and stage 1 of B1 at 1024 pixels, which walks over its global keys.
+FACTORIZED = {
+    "stage1": (56, 64, 1, 8),
+    "stage2": (28, 128, 2, 4),
+    "stage3": (14, 256, 4, 2),
+    "stage4": (7, 512, 8, 1),
+    "narrow": (56, 32, 1, 8),
+    "wide": (7, 768, 8, 1),
+    "stage1_1024": (256, 64, 1, 8),
 }
 # Stack bytes that are known. Configurations were chosen by their time on an H100, where those that spill were the
 # fastest of the ones tried (the dense gradients hold two wide tiles in registers). Not every spill-free one was timed.
@@ -103,6 +116,23 @@ def launch_convolution(kernel: int) -> None:
     conv.weight_gradient(x, grad, weight, True)
 
 
+def launch_factorized(name: str) -> None:
+    side, C, heads, ratio = FACTORIZED[name]
+    dilations = [1, ratio] if ratio > 1 else [1]
+    width = C // (16 if ratio > 1 else 8) * 7
+    CG, N, NG = C - width * len(dilations), side**2, (side // ratio) ** 2
+    map = torch.empty(64, side, side, C - CG, dtype=torch.bfloat16)
+    pooled = triton_pool.forward(map, heads, 7, dilations, "official")
+    triton_pool.backward(pooled, side, side, heads, dilations, "official")
+    packed = torch.empty(64, NG, 2 * CG, dtype=torch.bfloat16)
+    local = torch.empty(64, 49, heads, 2 * width // heads, dtype=torch.bfloat16)
+    k, v = local[..., : width // heads], local[..., : width // heads].contiguous()
+    dilated = (k, v) if ratio > 1 else (None, None)
+    inputs = (map.new_empty(64, N, C), packed[..., :CG], packed[..., CG:].contiguous(), k, v, *dilated)
+    out, lse = factorized.forward(*inputs)
+    factorized.backward(out, *inputs, out, lse)
+
+
 def check(launches: list, arch: int, folder: Path) -> None:
     assert launches
     for kernel, args, kwargs in launches:
@@ -123,4 +153,11 @@ def test_attention_compiles(name: str, arch: int, launches: list, tmp_path: Path
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_convolution_compiles(kernel: int, arch: int, launches: list, tmp_path: Path) -> None:
     launch_convolution(kernel)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", FACTORIZED)
+def test_factorized_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_factorized(name)
     check(launches, arch, tmp_path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-FAMILIES = ("biformer",)
+FAMILIES = ("biformer", "favit")
 
 
 def converter(family: str) -> ModuleType:

@@ -2,5 +2,14 @@
 
 from zoo.kernels.bilevel_routing import Routing, bilevel_attention, bilevel_routing, route_regions
 from zoo.kernels.depthwise_conv import depthwise_conv2d
+from zoo.kernels.factorized import cross_window_pool, factorized_attention
 
-__all__ = ["Routing", "bilevel_attention", "bilevel_routing", "depthwise_conv2d", "route_regions"]
+__all__ = [
+    "Routing",
+    "bilevel_attention",
+    "bilevel_routing",
+    "cross_window_pool",
+    "depthwise_conv2d",
+    "factorized_attention",
+    "route_regions",
+]
