@@ -251,6 +251,8 @@ def _check_attention(q: Tensor, keys: dict[str, Tensor], values: dict[str, Tenso
             found = None if v is None else tuple(v.shape)
             raise ValueError(f"v{name[1:]} must have the shape of {name}, {tuple(k.shape)}, got {found}.")
     k_global, k_local, *k_dilated = keys.values()
+    if not (k_global.shape[1] and k_local.shape[1]):
+        raise ValueError("k_global and k_local need at least one key each, got none.")
     if k_dilated and k_dilated[0].shape != k_local.shape:
         raise ValueError(
             f"k_dilated must have the shape of k_local, {tuple(k_local.shape)}, got {tuple(k_dilated[0].shape)}."

@@ -46,7 +46,7 @@ def _pool_group(x: Tensor, heads: int, window: int, dilation: int, fusion: str) 
     B, H, W, _ = x.shape
     x = x.index_select(1, window_index(H, window, dilation, x.device))
     x = x.index_select(2, window_index(W, window, dilation, x.device))  # [B, rows * P, cols * P, C]
-    x = x.reshape(B, -1, window, x.shape[2] // window, window, heads, x.shape[3] // heads)
+    x = x.reshape(B, x.shape[1] // window, window, x.shape[2] // window, window, heads, x.shape[3] // heads)
     x = x.permute(0, 2, 4, 5, 1, 3, 6).flatten(4, 5)  # [B, P, P, M, windows, D]
     if fusion == "official":
         # Runs of `windows` consecutive values of the (window, channel) axis: they mix windows and channels.

@@ -373,8 +373,10 @@ def plan(q_shape: tuple, kg_shape: tuple, k_shape: tuple, groups: int, strides: 
     )  # fmt: skip
     launches = []
     for backward in (False, True):
-        block = 64 if backward or exact or widest > 64 or N <= 256 else 128
-        warps = 8 if widest > (32 if backward else 64) else 4
+        if backward:
+            block, warps = (32, 8) if widest > 32 else (64, 4)
+        else:
+            block, warps = 64 if exact or widest > 64 or N <= 256 else 128, 8 if widest > 64 else 4
         branches = groups * heads + (held or not backward)
         if backward:
             chunk = _chunk(N, block, LEAST_CHUNK, triton.cdiv(1024, B * branches))

@@ -193,7 +193,7 @@ def backward(grad: Tensor, height: int, width: int, heads: int, dilations: list[
     if dx.numel() == 0:
         return dx
     block_c = min(64, max(16, triton.next_power_of_2(channels)))
-    block_t = 2048 // block_c
+    block_t = 1024 // block_c
     _spread_kernel[(triton.cdiv(height * width, block_t), groups * triton.cdiv(channels, block_c), B)](
         grad, dx, height, width, dilations[0], dilations[-1],
         GROUPS=groups, P=window, HEADS=heads, D=channels // heads, OFFICIAL=fusion == "official",
