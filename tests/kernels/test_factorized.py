@@ -18,7 +18,7 @@ from .oracle import DTYPES, assert_as_exact_as_torch, with_gradients
 gpu = pytest.mark.gpu
 NAMES = ["q", "k_global", "v_global", "k_local", "v_local", "k_dilated", "v_dilated"]
 
-# (B, N, global keys, global channels, local keys, heads, head dim, groups): the stages of B1 at 224 pixels, stages of B0
+# (B, N, global keys, global channels, local keys, heads, head dim, groups): the stages of B1 at 224 pixels, of B0
 # and B3, odd token counts, batch 1, and more global keys than a program holds.
 PROBLEMS = {
     "stage1": (2, 56 * 56, 49, 8, 49, 1, 28, 2),

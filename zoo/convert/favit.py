@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-ORIGIN = "github.com/q2479036243/FaViT (its authors publish no weights; only your own training yields some)"
+ORIGIN = "none published (github.com/q2479036243/FaViT has the code; checkpoints of your own training convert)"
 
-# In order: stages count from 1 there and from 0 here, the MLP's convolution, and the classifier.
+# Stages count from 1 there and from 0 here.
 _STAGE = re.compile(r"^(patch_embed|block|norm)([1-4])\.")
 _PARTS = {"patch_embed": "patch_embed", "block": "blocks", "norm": "norm"}
 
