@@ -33,16 +33,18 @@ STAGES = {
     "stage1_512": ((128, 128), 64, 2, (16, 16), 1),
     "large": ((40, 40), 64, 2, (20, 20), 1),
 }
-# Attention of FaViT: (side of the map, channels, heads, sr_ratio). Stages of B1 and B2, the narrowest stage of B0, the
-# widest of B3, and stage 1 of B1 at 1024 pixels, which walks over its global keys.
+# Attention of FaViT: (side of the map, channels, heads, sr_ratio, dtype). Stages of B1 and B2, the narrowest stage of
+# B0, the widest of B3, and stage 1 of B1 at 1024 pixels, which walks over its global keys.
 FACTORIZED = {
-    "stage1": (56, 64, 1, 8),
-    "stage2": (28, 128, 2, 4),
-    "stage3": (14, 256, 4, 2),
-    "stage4": (7, 512, 8, 1),
-    "narrow": (56, 32, 1, 8),
-    "wide": (7, 768, 8, 1),
-    "stage1_1024": (256, 64, 1, 8),
+    "stage1": (56, 64, 1, 8, torch.bfloat16),
+    "stage2": (28, 128, 2, 4, torch.bfloat16),
+    "stage3": (14, 256, 4, 2, torch.bfloat16),
+    "stage4": (7, 512, 8, 1, torch.bfloat16),
+    "narrow": (56, 32, 1, 8, torch.bfloat16),
+    "wide": (7, 768, 8, 1, torch.bfloat16),
+    "stage1_1024": (256, 64, 1, 8, torch.bfloat16),
+    "stage1_float32": (56, 64, 1, 8, torch.float32),
+    "stage4_float32": (7, 512, 8, 1, torch.float32),
 }
 # Stack bytes that are known. Configurations were chosen by their time on an H100, where those that spill were the
 # fastest of the ones tried (the dense gradients hold two wide tiles in registers). Not every spill-free one was timed.
@@ -54,6 +56,7 @@ SPILLS = {
     "_top_regions_kernel": 64,
     "_conv_kernel": 64,
     "_weight_grad_kernel": 16,
+    "_forward_kernel": 8,
 }
 
 
@@ -117,15 +120,15 @@ def launch_convolution(kernel: int) -> None:
 
 
 def launch_factorized(name: str) -> None:
-    side, C, heads, ratio = FACTORIZED[name]
+    side, C, heads, ratio, dtype = FACTORIZED[name]
     dilations = [1, ratio] if ratio > 1 else [1]
     width = C // (16 if ratio > 1 else 8) * 7
     CG, N, NG = C - width * len(dilations), side**2, (side // ratio) ** 2
-    map = torch.empty(64, side, side, C - CG, dtype=torch.bfloat16)
+    map = torch.empty(64, side, side, C - CG, dtype=dtype)
     pooled = triton_pool.forward(map, heads, 7, dilations, "official")
     triton_pool.backward(pooled, side, side, heads, dilations, "official")
-    packed = torch.empty(64, NG, 2 * CG, dtype=torch.bfloat16)
-    local = torch.empty(64, 49, heads, 2 * width // heads, dtype=torch.bfloat16)
+    packed = torch.empty(64, NG, 2 * CG, dtype=dtype)
+    local = torch.empty(64, 49, heads, 2 * width // heads, dtype=dtype)
     k, v = local[..., : width // heads], local[..., : width // heads].contiguous()
     dilated = (k, v) if ratio > 1 else (None, None)
     inputs = (map.new_empty(64, N, C), packed[..., :CG], packed[..., CG:].contiguous(), k, v, *dilated)

@@ -240,8 +240,8 @@ def test_explicit_triton_explains_its_refusal() -> None:
 class _OnGpu:
     """A tensor that claims to lie on a GPU."""
 
-    def __init__(self, *shape: int) -> None:
-        self.x = torch.empty(*shape, device="meta")
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        self.x = torch.empty(*shape, device="meta", dtype=dtype)
 
     is_cuda = True
 
@@ -250,15 +250,20 @@ class _OnGpu:
 
 
 def test_limits_of_the_kernels_are_explained() -> None:
-    q, k = _OnGpu(1, 9, 64), _OnGpu(1, 49, 1, 28)
+    q, k = _OnGpu(1, 9, 64, dtype=torch.bfloat16), _OnGpu(1, 49, 1, 28)
     assert can_run(q, _OnGpu(1, 5000, 8), k)
     for keys, message in (
         ((_OnGpu(1, 9, 8), _OnGpu(1, 169, 1, 28)), "limit is 128 local keys, got 169"),
-        ((_OnGpu(1, 9, 136), k), "limit is 128 channels in the global group, got 136"),
-        ((_OnGpu(1, 9, 8), _OnGpu(1, 49, 1, 130)), "limit is 128 channels in a local head, got 130"),
+        ((_OnGpu(1, 9, 136), k), "limit is 128 channels in the global group with"),
+        (
+            (_OnGpu(1, 9, 8), _OnGpu(1, 49, 1, 130)),
+            "limit is 128 channels in a local head with torch.bfloat16, got 130",
+        ),
     ):
         with pytest.raises(NotImplementedError, match=message):
             can_run(q, *keys, raise_error=True)
+    with pytest.raises(NotImplementedError, match="limit is 64 channels in a local head with torch.float32, got 84"):
+        can_run(_OnGpu(1, 9, 64), _OnGpu(1, 9, 8), _OnGpu(1, 49, 1, 84), raise_error=True)
     with pytest.raises(NotImplementedError, match="limit is an image of"):
         can_run(_OnGpu(1, 2**25, 64), _OnGpu(1, 9, 8), k, raise_error=True)
     with pytest.raises(NotImplementedError, match="limit is 2 channel groups, got 3"):
@@ -362,6 +367,8 @@ def test_flops_are_those_of_the_products(groups: int) -> None:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_attention_kernel_is_as_exact_as_torch(name: str, dtype: torch.dtype) -> None:
     inputs, grad = make(name, dtype, "cuda")
+    if name == "wide" and dtype == torch.float32:
+        pytest.skip("beyond the kernels' limit")
     assert_as_exact_as_torch(
         lambda *x: factorized_attention(*x, backend="triton"),
         lambda *x: factorized_attention(*x, backend="reference"),

@@ -16,6 +16,7 @@ from zoo.kernels.factorized import reference
 
 # Up to here one program holds all keys of a branch; more global keys are walked over.
 MAX_HELD_KEYS = 128
+# Half of it in float32, of which a tile would not fit.
 MAX_HEAD_DIM = 128
 MAX_WINDOW = 11
 
@@ -181,9 +182,10 @@ def can_run(q: Tensor, k_global: Tensor, k_local: Tensor, raise_error: bool = Fa
         reasons.append(f"its limit is an image of {MAX_OFFSET} elements, got q of shape {tuple(q.shape)}.")
     if k_local.shape[1] > MAX_HELD_KEYS:
         reasons.append(f"its limit is {MAX_HELD_KEYS} local keys, got {k_local.shape[1]}.")
+    limit = MAX_HEAD_DIM if q.dtype != torch.float32 else MAX_HEAD_DIM // 2
     for name, width in (("the global group", k_global.shape[2]), ("a local head", k_local.shape[3])):
-        if width > MAX_HEAD_DIM:
-            reasons.append(f"its limit is {MAX_HEAD_DIM} channels in {name}, got {width}.")
+        if width > limit:
+            reasons.append(f"its limit is {limit} channels in {name} with {q.dtype}, got {width}.")
     return refuse(reasons, "factorized_attention", raise_error)
 
 

@@ -359,9 +359,20 @@ def _chunk(tokens: int, block: int, least: int, wanted: int) -> int:
     return triton.cdiv(triton.cdiv(tokens, chunks), block) * block
 
 
+def _tile(backward: bool, exact: bool, widest: int, tokens: int) -> dict[str, int]:
+    """Queries of a tile, warps and stages, such that nothing spills from registers at the published widths."""
+    if exact:
+        block, warps = 16 if widest > 32 else 32, 8
+    elif backward:
+        block, warps = (32, 8) if widest > 32 else (64, 4)
+    else:
+        block, warps = (64, 8) if widest > 64 else (64 if tokens <= 256 else 128, 4)
+    return dict(BLOCK_M=block, num_warps=warps, num_stages=1 if exact else 2)
+
+
 @functools.lru_cache(maxsize=256)
 def plan(q_shape: tuple, kg_shape: tuple, k_shape: tuple, groups: int, strides: tuple, exact: bool) -> Plan:
-    """Choose tiles and grids; `exact` for float32, whose products take registers."""
+    """Choose tiles and grids; `exact` for float32, whose products take no tensor cores and many registers."""
     B, N, _ = q_shape
     NG, CG = kg_shape[1:]
     L, heads, D = k_shape[1:]
@@ -373,17 +384,15 @@ def plan(q_shape: tuple, kg_shape: tuple, k_shape: tuple, groups: int, strides: 
     )  # fmt: skip
     launches = []
     for backward in (False, True):
-        if backward:
-            block, warps = (32, 8) if widest > 32 else (64, 4)
-        else:
-            block, warps = 64 if exact or widest > 64 or N <= 256 else 128, 8 if widest > 64 else 4
+        tile = _tile(backward, exact, widest, N)
+        block = tile["BLOCK_M"]
         branches = groups * heads + (held or not backward)
         if backward:
             chunk = _chunk(N, block, LEAST_CHUNK, triton.cdiv(1024, B * branches))
         else:
             chunk = _chunk(N, block, block, triton.cdiv(4096, B * branches))
         grid = (triton.cdiv(N, chunk) * branches, B)
-        launches.append((grid, chunk, dict(meta, BLOCK_M=block, num_warps=warps, num_stages=2)))
+        launches.append((grid, chunk, dict(meta, **tile)))
     return Plan(held, strides, (N, NG), meta, *launches)
 
 
@@ -419,12 +428,14 @@ def forward(q: Tensor, *keys: Tensor | None) -> tuple[Tensor, Tensor]:
 def _walk_backward(grad, q, k, v, out, lse, dq, dk, dv, p: Plan) -> None:
     """Gradients of the global group by walks over its keys and over its queries."""
     (N, NG), B, D = p.sizes, q.shape[0], k.shape[2]
-    meta = dict(C=q.shape[2], D=D, BLOCK_D=p.shape["BLOCK_CG"], BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
+    tile = {name: p.backward[2][name] for name in ("BLOCK_M", "num_warps", "num_stages")}
+    block = tile["BLOCK_M"]
+    meta = dict(C=q.shape[2], D=D, BLOCK_D=p.shape["BLOCK_CG"], BLOCK_N=p.shape["BLOCK_NG"], **tile)
     strides = (*p.strides[:2], *k.stride()[:2], *v.stride()[:2])
     delta = torch.empty_like(lse)
-    _walk_dq_kernel[(triton.cdiv(N, 64), B)](grad, q, k, v, out, lse, delta, dq, *strides, N, NG, **meta)
-    tiles = triton.cdiv(NG, 64)
-    chunk = _chunk(N, 64, LEAST_CHUNK, triton.cdiv(1024, B * tiles))
+    _walk_dq_kernel[(triton.cdiv(N, block), B)](grad, q, k, v, out, lse, delta, dq, *strides, N, NG, **meta)
+    tiles = triton.cdiv(NG, p.shape["BLOCK_NG"])
+    chunk = _chunk(N, block, LEAST_CHUNK, triton.cdiv(1024, B * tiles))
     splits = triton.cdiv(N, chunk)
     shares = torch.empty(splits, 2, *k.shape, dtype=torch.float32, device=q.device)
     _walk_dkv_kernel[(tiles * splits, B)](
