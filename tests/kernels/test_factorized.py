@@ -267,9 +267,11 @@ def test_limits_of_the_kernels_are_explained() -> None:
     with pytest.raises(NotImplementedError, match="limit is an image of"):
         can_run(_OnGpu(1, 2**25, 64), _OnGpu(1, 9, 8), k, raise_error=True)
     with pytest.raises(NotImplementedError, match="limit is 2 channel groups, got 3"):
-        can_pool(_OnGpu(1, 9, 9, 12), 7, 3, raise_error=True)
+        can_pool(_OnGpu(1, 9, 9, 12), 1, 7, (1, 2, 3), raise_error=True)
     with pytest.raises(NotImplementedError, match="limit is a window of 11 positions, got 13"):
-        can_pool(_OnGpu(1, 9, 9, 12), 13, 1, raise_error=True)
+        can_pool(_OnGpu(1, 9, 9, 12), 1, 13, (1,), raise_error=True)
+    with pytest.raises(NotImplementedError, match="limit is 2097152 values of one position and head, got 8388608"):
+        can_pool(_OnGpu(1, 512, 512, 32), 1, 1, (1,), raise_error=True)
 
 
 class Layer(nn.Module):

@@ -19,6 +19,8 @@ MAX_HELD_KEYS = 128
 # Half of it in float32, of which a tile would not fit.
 MAX_HEAD_DIM = 128
 MAX_WINDOW = 11
+# Kernels divide the numbers of pooled values in float32, exactly up to here.
+MAX_ENTRIES = 2**21
 
 
 @torch.library.custom_op("zoo::cross_window_pool", mutates_args=(), device_types="cuda")
@@ -151,17 +153,24 @@ def _(grad, q, k_global, v_global, k_local, v_local, k_dilated=None, *args, out_
     return _attention_flops(q, k_global, k_local, k_dilated, 5)
 
 
-def can_pool(x: Tensor, window: int, groups: int, raise_error: bool = False) -> bool:
-    """Whether the Triton kernels of `cross_window_pool` take this problem.
+def can_pool(x: Tensor, heads: int, window: int, dilations: Sequence[int], raise_error: bool = False) -> bool:
+    """Whether the Triton kernels of `cross_window_pool` take this problem; arguments as given there.
 
     Raises:
         NotImplementedError: With `raise_error`, naming the feature, its limit and the value received.
     """
     reasons = map_reasons("x", x)
-    if groups > 2:
-        reasons.append(f"its limit is 2 channel groups, got {groups}.")
+    if len(dilations) > 2:
+        reasons.append(f"its limit is 2 channel groups, got {len(dilations)}.")
     if window > MAX_WINDOW:
         reasons.append(f"its limit is a window of {MAX_WINDOW} positions, got {window}.")
+    _, H, W, C = x.shape
+    if H * W * C >= MAX_OFFSET:
+        reasons.append(f"its limit is an image of {MAX_OFFSET} elements, got x of shape {tuple(x.shape)}.")
+    windows = max(reference.window_count(H, window, d) * reference.window_count(W, window, d) for d in dilations)
+    entries = windows * (C // (len(dilations) * heads))
+    if entries > MAX_ENTRIES:
+        reasons.append(f"its limit is {MAX_ENTRIES} values of one position and head, got {entries}.")
     return refuse(reasons, "cross_window_pool", raise_error)
 
 
@@ -178,7 +187,7 @@ def can_run(q: Tensor, k_global: Tensor, k_local: Tensor, raise_error: bool = Fa
         reasons.append(f"it takes float16, bfloat16 or float32, got {q.dtype}.")
     if q.shape[0] > MAX_BATCH:
         reasons.append(f"its limit is a batch of {MAX_BATCH}, got q of shape {tuple(q.shape)}.")
-    if q.stride(1) * q.shape[1] >= MAX_OFFSET:
+    if max(q.stride(1), q.shape[2]) * q.shape[1] >= MAX_OFFSET:
         reasons.append(f"its limit is an image of {MAX_OFFSET} elements, got q of shape {tuple(q.shape)}.")
     if k_local.shape[1] > MAX_HELD_KEYS:
         reasons.append(f"its limit is {MAX_HELD_KEYS} local keys, got {k_local.shape[1]}.")
@@ -237,7 +246,7 @@ def cross_window_pool(
     if fusion not in reference.FUSIONS:
         raise ValueError(f"fusion must be one of {reference.FUSIONS}, got {fusion!r}.")
     (x,) = cast_for_autocast(x)
-    if use_triton(backend, lambda explain: can_pool(x, window, len(dilations), explain)):
+    if use_triton(backend, lambda explain: can_pool(x, heads, window, dilations, explain)):
         return torch.ops.zoo.cross_window_pool(x, heads, window, list(dilations), fusion)
     return reference.cross_window_pool(x, heads, window, list(dilations), fusion)
 

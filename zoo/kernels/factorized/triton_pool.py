@@ -1,7 +1,7 @@
 """Triton kernels of cross-window pooling, then their launchers.
 
 Windows are read from the map in place: positions past the edge are reflected by index arithmetic. Divisions go through
-float32 reciprocals, exact for every number that occurs, which is below 2**22.
+float32 reciprocals, exact for numbers up to 2**21.
 """
 
 from __future__ import annotations
