@@ -79,6 +79,17 @@ def test_maps_below_the_official_limit_run(size: tuple[int, int], ratio: int, fu
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
+def test_autocast_is_close_to_float32() -> None:
+    torch.manual_seed(0)
+    layer = FactorizedSelfAttention(64, 2, qkv_bias=True, sr_ratio=2)
+    x = torch.randn(2, 9, 11, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    expected = layer(x)
+    assert (out - expected).abs().max() < 0.03 * expected.abs().max()
+
+
 def test_small_map_is_extended_by_reflection() -> None:
     """Keys of a map below the limits are those of the map that reflection continues to a legal size."""
     layer = FactorizedSelfAttention(32, 1, sr_ratio=4)

@@ -56,7 +56,7 @@ SPILLS = {
     "_top_regions_kernel": 64,
     "_conv_kernel": 64,
     "_weight_grad_kernel": 16,
-    "_forward_kernel": 8,
+    "_factorized_attention_kernel": 8,
 }
 
 

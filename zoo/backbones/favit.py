@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from zoo.backbones.layers import DepthwiseConv2d, Mlp
 from zoo.convert.favit import ORIGIN, convert
 from zoo.kernels import cross_window_pool, factorized_attention
+from zoo.kernels._dispatch import cast_for_autocast
 from zoo.kernels.factorized.reference import FUSIONS, reflect_index
 
 __all__ = ["Block", "FaViT", "FactorizedSelfAttention"]
@@ -177,6 +178,8 @@ class FactorizedSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]"""
+        # Once for all that read the map; each would cast it for itself.
+        (x,) = cast_for_autocast(x)
         q = self.q(x).flatten(1, 2)
         kv_global = self.global_kv(x[..., : self.global_dim])
         kv_local = self.local_kv(x[..., self.global_dim :])

@@ -126,7 +126,7 @@ _SIZES = ["N", "NG", "chunk", "split_stride"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _forward_kernel(
+def _factorized_attention_kernel(
     q_ptr, kg_ptr, vg_ptr, k1_ptr, v1_ptr, k2_ptr, v2_ptr, out_ptr, lse_ptr,
     q_stride_b, q_stride_n, kg_stride_b, kg_stride_n, vg_stride_b, vg_stride_n,
     k_stride_b, k_stride_n, k_stride_m, v_stride_b, v_stride_n, v_stride_m, N, NG, chunk,
@@ -175,7 +175,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _backward_kernel(
+def _factorized_attention_grad_kernel(
     grad_ptr, q_ptr, kg_ptr, vg_ptr, k1_ptr, v1_ptr, k2_ptr, v2_ptr,
     dq_ptr, dkg_ptr, dvg_ptr, dk1_ptr, dv1_ptr, dk2_ptr, dv2_ptr,
     q_stride_b, q_stride_n, kg_stride_b, kg_stride_n, vg_stride_b, vg_stride_n,
@@ -236,7 +236,7 @@ def _softmax_gradient(a, b, da, db, lse, delta, qk_scale):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _walk_dq_kernel(
+def _global_attention_dq_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr,
     q_stride_b, q_stride_n, k_stride_b, k_stride_n, v_stride_b, v_stride_n, N, NG,
     C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -266,7 +266,7 @@ def _walk_dq_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _walk_dkv_kernel(
+def _global_attention_dkv_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_stride_b, q_stride_n, k_stride_b, k_stride_n, v_stride_b, v_stride_n, N, NG, chunk, split_stride,
     C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -421,7 +421,7 @@ def forward(q: Tensor, *keys: Tensor | None) -> tuple[Tensor, Tensor]:
         return out, lse
     q, keys, p = _prepare(q, keys)
     grid, chunk, config = p.forward
-    _forward_kernel[grid](q, *keys, out, lse, *p.strides, *p.sizes, chunk, **config)
+    _factorized_attention_kernel[grid](q, *keys, out, lse, *p.strides, *p.sizes, chunk, **config)
     return out, lse
 
 
@@ -433,12 +433,12 @@ def _walk_backward(grad, q, k, v, out, lse, dq, dk, dv, p: Plan) -> None:
     meta = dict(C=q.shape[2], D=D, BLOCK_D=p.shape["BLOCK_CG"], BLOCK_N=p.shape["BLOCK_NG"], **tile)
     strides = (*p.strides[:2], *k.stride()[:2], *v.stride()[:2])
     delta = torch.empty_like(lse)
-    _walk_dq_kernel[(triton.cdiv(N, block), B)](grad, q, k, v, out, lse, delta, dq, *strides, N, NG, **meta)
+    _global_attention_dq_kernel[(triton.cdiv(N, block), B)](grad, q, k, v, out, lse, delta, dq, *strides, N, NG, **meta)
     tiles = triton.cdiv(NG, p.shape["BLOCK_NG"])
     chunk = _chunk(N, block, LEAST_CHUNK, triton.cdiv(1024, B * tiles))
     splits = triton.cdiv(N, chunk)
     shares = torch.empty(splits, 2, *k.shape, dtype=torch.float32, device=q.device)
-    _walk_dkv_kernel[(tiles * splits, B)](
+    _global_attention_dkv_kernel[(tiles * splits, B)](
         grad, q, k, v, lse, delta, shares[0, 0], shares[0, 1], *strides, N, NG, chunk, 2 * k.numel(), **meta
     )  # fmt: skip
     _add_shares(shares, 0, [dk, dv])
@@ -477,7 +477,9 @@ def backward(grad: Tensor, q: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...
         shares = torch.empty(splits, split_stride, dtype=torch.float32, device=q.device)
         targets[first:] = shares[0].split([x.numel() for x in wanted[first:]])
     targets += targets[2:4] if len(targets) == 4 else []
-    _backward_kernel[grid](grad, q, *keys, dq, *targets, *p.strides, *p.sizes, chunk, split_stride, **config)
+    _factorized_attention_grad_kernel[grid](
+        grad, q, *keys, dq, *targets, *p.strides, *p.sizes, chunk, split_stride, **config
+    )
     if splits > 1:
         _add_shares(shares, first, wanted[first:])
     return dq, *dkeys

@@ -65,7 +65,7 @@ def _locate(position, span, dilation):
 
 
 @triton.jit(do_not_specialize=["H", "W", "dilation_1", "dilation_2"])
-def _pool_kernel(
+def _window_pool_kernel(
     x_ptr, out_ptr, x_stride_b, x_stride_h, x_stride_w, H, W, dilation_1, dilation_2,
     P: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, OFFICIAL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -112,12 +112,12 @@ def _pool_kernel(
 
 
 @triton.jit(do_not_specialize=["H", "W", "dilation_1", "dilation_2"])
-def _spread_kernel(
+def _window_pool_grad_kernel(
     grad_ptr, dx_ptr, H, W, dilation_1, dilation_2,
     GROUPS: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, OFFICIAL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The transpose of `_pool_kernel`: dx[token] = sum over the windows that sample the token of grad / R.
+    """The transpose of `_window_pool_kernel`: dx[token] = sum over the windows that sample the token of grad / R.
 
     One program computes BLOCK_T tokens and BLOCK_C channels of one group. It goes through the positions that reflect to
     its tokens, one unless the map is padded, and skips those that no window samples, which are most of a dilated
@@ -177,7 +177,7 @@ def forward(x: Tensor, heads: int, window: int, dilations: list[int], fusion: st
     windows = triton.cdiv(H, span) * triton.cdiv(W, span)
     block_c = min(128, triton.next_power_of_2(width))
     block_w = min(triton.next_power_of_2(windows), max(1, 2048 // block_c))
-    _pool_kernel[(window * window * triton.cdiv(width, block_c), groups, B)](
+    _window_pool_kernel[(window * window * triton.cdiv(width, block_c), groups, B)](
         x, out, *x.stride()[:3], H, W, dilations[0], dilations[-1],
         P=window, HEADS=heads, D=width // heads, OFFICIAL=fusion == "official",
         BLOCK_C=block_c, BLOCK_W=block_w, num_warps=4 if block_c * block_w >= 1024 else 2,
@@ -194,7 +194,7 @@ def backward(grad: Tensor, height: int, width: int, heads: int, dilations: list[
         return dx
     block_c = min(64, max(16, triton.next_power_of_2(channels)))
     block_t = 1024 // block_c
-    _spread_kernel[(triton.cdiv(height * width, block_t), groups * triton.cdiv(channels, block_c), B)](
+    _window_pool_grad_kernel[(triton.cdiv(height * width, block_t), groups * triton.cdiv(channels, block_c), B)](
         grad, dx, height, width, dilations[0], dilations[-1],
         GROUPS=groups, P=window, HEADS=heads, D=channels // heads, OFFICIAL=fusion == "official",
         BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4,
