@@ -15,6 +15,9 @@ from zoo.kernels.bilevel_routing import reference, triton_routing
 from zoo.kernels.bilevel_routing import triton as kernels
 from zoo.kernels.depthwise_conv import reference as conv_reference
 from zoo.kernels.depthwise_conv import triton as conv_kernels
+from zoo.kernels.factorized import reference as factorized_reference
+from zoo.kernels.factorized import triton as factorized_kernels
+from zoo.kernels.factorized import triton_pool as pool_kernels
 from zoo.kernels.halo import reference as halo_reference
 from zoo.kernels.halo import triton as halo_kernels
 from zoo.kernels.halo.reference import Geometry
@@ -219,3 +222,72 @@ def check_halo(inputs: list[torch.Tensor], settings: tuple) -> None:
     grads = halo_kernels.backward(grad, *inputs, out, lse, *settings)
     torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, grad), rtol=1e-4, atol=1e-5)
+
+
+# (batch, tokens, global keys, global channels, local keys, heads, head dim, groups): all keys held, walked over,
+# one local group, several chunks of queries.
+FACTORIZED = {
+    "held": (1, 70, 49, 8, 49, 2, 14, 2),
+    "chunks": (2, 800, 9, 4, 9, 1, 6, 2),
+    "one_group": (1, 49, 49, 16, 49, 1, 28, 1),
+    "walked": (1, 800, 150, 4, 9, 1, 6, 2),
+    "many_keys": (1, 20, 100, 4, 121, 1, 6, 2),
+}
+
+
+def factorized_inputs(name: str) -> list[torch.Tensor]:
+    """Keys as strided halves of packed tensors, values contiguous, as the layer has them."""
+    B, N, NG, CG, L, heads, D, groups = FACTORIZED[name]
+    torch.manual_seed(0)
+    q = torch.randn(B, N, 2 * (CG + groups * heads * D))[..., ::2]
+    inputs = [q, torch.randn(B, NG, 2 * CG)[..., :CG], torch.randn(B, NG, CG)]
+    for _ in range(groups):
+        inputs += [torch.randn(B, L, heads, 2 * D)[..., :D], torch.randn(B, L, heads, D)]
+    return inputs
+
+
+@pytest.mark.parametrize("name", FACTORIZED)
+def test_factorized_attention(name: str) -> None:
+    inputs = factorized_inputs(name)
+    absent = [None] * (7 - len(inputs))
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    expected = factorized_reference.factorized_attention(*leaves)
+    grad = torch.randn_like(expected)
+    out, lse = factorized_kernels.forward(*inputs, *absent)
+    grads = factorized_kernels.backward(grad, *inputs, *absent, out, lse)
+    torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grads[: len(inputs)], torch.autograd.grad(expected, leaves, grad), rtol=1e-4, atol=1e-4)
+
+
+def test_each_way_of_adding_is_taken() -> None:
+    """dk and dv written at once by the only chunk, or added up from shares."""
+    chunks = {}
+    for name in FACTORIZED:
+        q, *keys = factorized_inputs(name)
+        *_, plan = factorized_kernels._prepare(q, [*keys, *[None] * (6 - len(keys))])
+        assert plan.held == (name != "walked")
+        chunks[name] = -(-q.shape[1] // plan.backward[1])
+    assert chunks == {"held": 1, "chunks": 2, "one_group": 1, "walked": 2, "many_keys": 1}
+
+
+# (batch, map, heads, head dim, window, dilations, fusion): exact and padded, a map smaller than a window, one row.
+POOLS = {
+    "exact": (2, (6, 3), 2, 6, 3, [1], "official"),
+    "padded": (1, (9, 8), 1, 6, 3, [1, 3], "official"),
+    "mean": (1, (4, 5), 2, 4, 2, [1, 2], "window_mean"),
+    "small": (1, (2, 3), 1, 5, 4, [1, 2], "official"),
+    "one_row": (1, (1, 7), 1, 6, 2, [1, 3], "official"),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_cross_window_pool(name: str) -> None:
+    B, (H, W), heads, D, window, dilations, fusion = POOLS[name]
+    torch.manual_seed(0)
+    x = torch.randn(B, H, W, 2 * len(dilations) * heads * D)[..., len(dilations) * heads * D :].requires_grad_()
+    expected = factorized_reference.cross_window_pool(x, heads, window, dilations, fusion)
+    out = pool_kernels.forward(x.detach(), heads, window, dilations, fusion)
+    torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
+    grad = torch.randn_like(expected)
+    dx = pool_kernels.backward(grad, H, W, heads, dilations, fusion)
+    torch.testing.assert_close(dx, torch.autograd.grad(expected, x, grad)[0], rtol=1e-4, atol=1e-5)

@@ -19,6 +19,8 @@ from zoo.kernels.agent import triton as agent
 from zoo.kernels.bilevel_routing import triton as attention
 from zoo.kernels.bilevel_routing import triton_routing
 from zoo.kernels.depthwise_conv import triton as conv
+from zoo.kernels.factorized import triton as factorized
+from zoo.kernels.factorized import triton_pool
 from zoo.kernels.halo import triton as halo
 from zoo.kernels.halo.reference import Geometry, query_size
 
@@ -52,6 +54,19 @@ HALO_STAGES = {
     "stage4_strided": ((16, 16), 64, 64, Geometry(8, 8, 2, 2)),
     "regnet": ((14, 14), 12, 36, Geometry(8, 7, 2, 1)),
 }
+# Attention of FaViT: (side of the map, channels, heads, sr_ratio, dtype). Stages of B1 and B2, the narrowest stage of
+# B0, the widest of B3, and stage 1 of B1 at 1024 pixels, which walks over its global keys.
+FACTORIZED = {
+    "stage1": (56, 64, 1, 8, torch.bfloat16),
+    "stage2": (28, 128, 2, 4, torch.bfloat16),
+    "stage3": (14, 256, 4, 2, torch.bfloat16),
+    "stage4": (7, 512, 8, 1, torch.bfloat16),
+    "narrow": (56, 32, 1, 8, torch.bfloat16),
+    "wide": (7, 768, 8, 1, torch.bfloat16),
+    "stage1_1024": (256, 64, 1, 8, torch.bfloat16),
+    "stage1_float32": (56, 64, 1, 8, torch.float32),
+    "stage4_float32": (7, 512, 8, 1, torch.float32),
+}
 # Stack bytes that are known. Configurations were chosen by their time on an H100, where those that spill were the
 # fastest of the ones tried (the dense gradients hold two wide tiles in registers). Not every spill-free one was timed.
 SPILLS = {
@@ -64,6 +79,7 @@ SPILLS = {
     "_weight_grad_kernel": 16,
     # On sm_80 only, with 49 agents.
     "_agent_gradient_kernel": 16,
+    "_factorized_attention_kernel": 8,
 }
 # The same for sm_80 alone, which keeps both factors of a product in registers.
 SPILLS_SM80 = {"_halo_forward_kernel": 32, "_halo_dq_kernel": 192, "_halo_dkv_kernel": 64}
@@ -150,6 +166,23 @@ def launch_halo(name: str) -> None:
     halo.backward(out, q, kv, *tables, out, lse, *settings)
 
 
+def launch_factorized(name: str) -> None:
+    side, C, heads, ratio, dtype = FACTORIZED[name]
+    dilations = [1, ratio] if ratio > 1 else [1]
+    width = C // (16 if ratio > 1 else 8) * 7
+    CG, N, NG = C - width * len(dilations), side**2, (side // ratio) ** 2
+    map = torch.empty(64, side, side, C - CG, dtype=dtype)
+    pooled = triton_pool.forward(map, heads, 7, dilations, "official")
+    triton_pool.backward(pooled, side, side, heads, dilations, "official")
+    packed = torch.empty(64, NG, 2 * CG, dtype=dtype)
+    local = torch.empty(64, 49, heads, 2 * width // heads, dtype=dtype)
+    k, v = local[..., : width // heads], local[..., : width // heads].contiguous()
+    dilated = (k, v) if ratio > 1 else (None, None)
+    inputs = (map.new_empty(64, N, C), packed[..., :CG], packed[..., CG:].contiguous(), k, v, *dilated)
+    out, lse = factorized.forward(*inputs)
+    factorized.backward(out, *inputs, out, lse)
+
+
 def check(launches: list, arch: int, folder: Path) -> None:
     assert launches
     for kernel, args, kwargs in launches:
@@ -185,4 +218,11 @@ def test_agents_compile(name: str, arch: int, launches: list, tmp_path: Path) ->
 @pytest.mark.parametrize("name", HALO_STAGES)
 def test_halo_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
     launch_halo(name)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", FACTORIZED)
+def test_factorized_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_factorized(name)
     check(launches, arch, tmp_path)

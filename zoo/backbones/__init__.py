@@ -1,3 +1,3 @@
 """Model families; importing one registers its models with timm."""
 
-from zoo.backbones import agent, biformer, halo  # noqa: F401
+from zoo.backbones import agent, biformer, favit, halo  # noqa: F401

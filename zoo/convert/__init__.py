@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-FAMILIES = ("agent", "biformer")
+FAMILIES = ("agent", "biformer", "favit")
 
 
 def converter(family: str) -> ModuleType:

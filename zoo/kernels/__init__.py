@@ -3,6 +3,7 @@
 from zoo.kernels.agent import AgentBias, agent_attention
 from zoo.kernels.bilevel_routing import Routing, bilevel_attention, bilevel_routing, route_regions
 from zoo.kernels.depthwise_conv import depthwise_conv2d
+from zoo.kernels.factorized import cross_window_pool, factorized_attention
 from zoo.kernels.halo import halo_attention
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "agent_attention",
     "bilevel_attention",
     "bilevel_routing",
+    "cross_window_pool",
     "depthwise_conv2d",
+    "factorized_attention",
     "halo_attention",
     "route_regions",
 ]
