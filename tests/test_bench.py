@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from zoo.bench import gate, main, models, report, runner, suites, timing
-from zoo.bench.ops import OPS, Op, plain_attention, routed_block_mask, sdpa_attention
+from zoo.bench.ops import OPS, Op
+from zoo.bench.ops.bilevel_routing import plain_attention, routed_block_mask, sdpa_attention
 
 CPU = torch.device("cpu")
 

@@ -92,7 +92,6 @@ def check_keys(name: str, kind: str, data: dict[str, Any]) -> None:
 
 def check_values(name: str, kind: str, data: dict[str, Any]) -> None:
     """Refuse unknown ops, dtypes and modes, and missing keys."""
-    import zoo.bench.layers  # noqa: F401  adds its adapters to OPS
     from zoo.bench.models import COMPILE_MODES
     from zoo.bench.ops import OPS
 

@@ -1,0 +1,21 @@
+"""One adapter per op, in a file of its own; ``OPS`` has them under the names that suites use."""
+
+from zoo.bench.ops.agent import AgentAttention
+from zoo.bench.ops.base import Inputs, Op, Provider, element_size, input_bytes, upcast
+from zoo.bench.ops.bilevel_routing import BilevelAttention, BilevelRouting
+from zoo.bench.ops.depthwise_conv import DepthwiseConv
+from zoo.bench.ops.factorized import CrossWindowPool, FactorizedAttention
+from zoo.bench.ops.halo import HaloAttention, HaloLayer
+
+__all__ = ["OPS", "Inputs", "Op", "Provider", "element_size", "input_bytes", "upcast"]
+
+OPS: dict[str, Op] = {
+    "agent_attention": AgentAttention(),
+    "bilevel_attention": BilevelAttention(),
+    "bilevel_routing": BilevelRouting(),
+    "cross_window_pool": CrossWindowPool(),
+    "depthwise_conv": DepthwiseConv(),
+    "factorized_attention": FactorizedAttention(),
+    "halo_attention": HaloAttention(),
+    "halo_layer": HaloLayer(),
+}
