@@ -37,7 +37,6 @@ STAGES = {
 # B0, the widest of B3, and stage 1 of B1 at 1024 pixels, which walks over its global keys.
 FACTORIZED = {
     "stage1": (56, 64, 1, 8, torch.bfloat16),
-    "stage2": (28, 128, 2, 4, torch.bfloat16),
     "stage3": (14, 256, 4, 2, torch.bfloat16),
     "stage4": (7, 512, 8, 1, torch.bfloat16),
     "narrow": (56, 32, 1, 8, torch.bfloat16),
@@ -57,6 +56,7 @@ SPILLS = {
     "_conv_kernel": 64,
     "_weight_grad_kernel": 16,
     "_factorized_attention_kernel": 8,
+    "_factorized_attention_grad_kernel": 16,
 }
 
 
