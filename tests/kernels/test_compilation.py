@@ -58,7 +58,6 @@ HALO_STAGES = {
 # B0, the widest of B3, and stage 1 of B1 at 1024 pixels, which walks over its global keys.
 FACTORIZED = {
     "stage1": (56, 64, 1, 8, torch.bfloat16),
-    "stage2": (28, 128, 2, 4, torch.bfloat16),
     "stage3": (14, 256, 4, 2, torch.bfloat16),
     "stage4": (7, 512, 8, 1, torch.bfloat16),
     "narrow": (56, 32, 1, 8, torch.bfloat16),
@@ -80,6 +79,7 @@ SPILLS = {
     # On sm_80 only, with 49 agents.
     "_agent_gradient_kernel": 16,
     "_factorized_attention_kernel": 8,
+    "_factorized_attention_grad_kernel": 16,
 }
 # The same for sm_80 alone, which keeps both factors of a product in registers.
 SPILLS_SM80 = {"_halo_forward_kernel": 32, "_halo_dq_kernel": 192, "_halo_dkv_kernel": 64}

@@ -410,4 +410,4 @@ def test_memory_is_linear_in_tokens() -> None:
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()
     factorized_attention(*inputs).sum().backward()
-    assert torch.cuda.max_memory_allocated() - start < 6 * inputs[0].numel() * 2
+    assert torch.cuda.max_memory_allocated() - start < 8 * inputs[0].numel() * 2

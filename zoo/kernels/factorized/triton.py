@@ -9,6 +9,7 @@ over with a running softmax instead. Images are addressed in int64, tokens withi
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -122,7 +123,7 @@ def _stream_backward(
     _store(dv_ptr, dv, n, dkv_stride, n < keys, D, BLOCK_D)
 
 
-_SIZES = ["N", "NG", "chunk", "split_stride"]
+_SIZES = ["N", "NG", "chunk"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -132,15 +133,21 @@ def _factorized_attention_kernel(
     k_stride_b, k_stride_n, k_stride_m, v_stride_b, v_stride_n, v_stride_m, N, NG, chunk,
     L: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, CG: tl.constexpr, D: tl.constexpr,
     BLOCK_CG: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_NG: tl.constexpr, BLOCK_L: tl.constexpr,
-    HELD: tl.constexpr, BLOCK_M: tl.constexpr,
+    HELD: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(q k^T / sqrt(width)) v of one branch and `chunk` tokens.
 
     HELD: all global keys fit into one tile, else the global branch walks over them and writes lse. Bytes: q read and
-    out written once from HBM (2 N C b), keys and values from L2 for each chunk. FLOPs: 4 N C BLOCK_L. Memory-bound, with
-    as many exponentials as a few hundred keys per token would allow.
+    out written once from HBM (2 N C b), keys and values from L2 for each chunk. FLOPs: 4 N C BLOCK_L. Memory-bound; the
+    exponentials, BLOCK_L a token and branch, come next.
     """
     C: tl.constexpr = CG + GROUPS * HEADS * D
+    # Strides of keys and values come in units of a common factor, which lets the compiler load vectors.
+    kg_stride_b, kg_stride_n, vg_stride_b, vg_stride_n = (
+        kg_stride_b * UNIT, kg_stride_n * UNIT, vg_stride_b * UNIT, vg_stride_n * UNIT
+    )  # fmt: skip
+    k_stride_b, k_stride_n, k_stride_m = k_stride_b * UNIT, k_stride_n * UNIT, k_stride_m * UNIT
+    v_stride_b, v_stride_n, v_stride_m = v_stride_b * UNIT, v_stride_n * UNIT, v_stride_m * UNIT
     b = tl.program_id(1).to(tl.int64)
     branch = tl.program_id(0) % (1 + GROUPS * HEADS)
     begin = (tl.program_id(0) // (1 + GROUPS * HEADS)) * chunk
@@ -182,7 +189,7 @@ def _factorized_attention_grad_kernel(
     k_stride_b, k_stride_n, k_stride_m, v_stride_b, v_stride_n, v_stride_m, N, NG, chunk, split_stride,
     L: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, CG: tl.constexpr, D: tl.constexpr,
     BLOCK_CG: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_NG: tl.constexpr, BLOCK_L: tl.constexpr,
-    HELD: tl.constexpr, BLOCK_M: tl.constexpr,
+    HELD: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one branch and `chunk` tokens; those of keys and values are shares that the caller adds up.
 
@@ -191,6 +198,12 @@ def _factorized_attention_grad_kernel(
     """
     C: tl.constexpr = CG + GROUPS * HEADS * D
     FIRST: tl.constexpr = 0 if HELD else 1
+    # Strides of keys and values come in units of a common factor, which lets the compiler load vectors.
+    kg_stride_b, kg_stride_n, vg_stride_b, vg_stride_n = (
+        kg_stride_b * UNIT, kg_stride_n * UNIT, vg_stride_b * UNIT, vg_stride_n * UNIT
+    )  # fmt: skip
+    k_stride_b, k_stride_n, k_stride_m = k_stride_b * UNIT, k_stride_n * UNIT, k_stride_m * UNIT
+    v_stride_b, v_stride_n, v_stride_m = v_stride_b * UNIT, v_stride_n * UNIT, v_stride_m * UNIT
     b = tl.program_id(1).to(tl.int64)
     branch = tl.program_id(0) % (1 - FIRST + GROUPS * HEADS) + FIRST
     split = tl.program_id(0) // (1 - FIRST + GROUPS * HEADS)
@@ -342,7 +355,7 @@ class Plan(NamedTuple):
     """What the launches of one problem share, computed once for its sizes and strides."""
 
     held: bool
-    strides: tuple[int, ...]
+    strides: tuple[int, ...]  # of q in elements, of keys and values in units
     sizes: tuple[int, int]
     shape: dict[str, int]  # constants of the kernels that serve all branches
     forward: tuple[tuple[int, int], int, dict]  # grid, chunk and configuration
@@ -378,9 +391,11 @@ def plan(q_shape: tuple, kg_shape: tuple, k_shape: tuple, groups: int, strides: 
     L, heads, D = k_shape[1:]
     held = NG <= MAX_HELD_KEYS
     widest = max(_block(CG), _block(D))
+    unit = math.gcd(8, *strides[2:])
+    strides = (*strides[:2], *(n // unit for n in strides[2:]))
     meta = dict(
         L=L, GROUPS=groups, HEADS=heads, CG=CG, D=D, BLOCK_CG=_block(CG), BLOCK_D=_block(D),
-        BLOCK_NG=_block(NG) if held else 64, BLOCK_L=_block(L), HELD=held,
+        BLOCK_NG=_block(NG) if held else 64, BLOCK_L=_block(L), HELD=held, UNIT=unit,
     )  # fmt: skip
     launches = []
     for backward in (False, True):
