@@ -261,12 +261,13 @@ class Layer(nn.Module):
         super().__init__()
         generator = torch.Generator(device).manual_seed(0)
         shapes = [(2, 4, 7, 7), (2, 4, 5), (2, 4, 6)] * 2
-        self.biases = nn.ParameterList(torch.randn(s, generator=generator, device=device) for s in shapes)
+        biases = [nn.Parameter(torch.randn(s, generator=generator, device=device)) for s in shapes]
+        self.key_bias, self.query_bias = nn.ParameterList(biases[:3]), nn.ParameterList(biases[3:])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         agents = q.unflatten(1, (2, 15)).mean(2).repeat(1, 2, 1)  # [B, 4, C]
-        biases = AgentBias(*self.biases[:3]), AgentBias(*self.biases[3:])
-        return agent_attention(q, agents, k, v, heads=2, grid=(5, 6), key_bias=biases[0], query_bias=biases[1])
+        biases = dict(key_bias=AgentBias(*self.key_bias), query_bias=AgentBias(*self.query_bias))
+        return agent_attention(q, agents, k, v, heads=2, grid=(5, 6), **biases)
 
 
 @EACH_DEVICE

@@ -39,6 +39,7 @@ PROBLEMS = {
     "scale": (1, 16, 16, 16, 16, dict(heads=2, block=8, halo=2, scale=0.05)),
     "masked": (2, 13, 18, 16, 16, dict(heads=2, block=8, halo=3, mask_border=True)),
     "masked_strided": (1, 13, 18, 16, 32, dict(heads=2, block=8, halo=3, stride=2, mask_border=True)),
+    "masked_tile": (1, 18, 13, 16, 16, dict(heads=2, block=8, halo=5, mask_border=True)),
     "wide_head": (1, 16, 9, 128, 128, dict(heads=2, block=8, halo=3)),
     "large_block": (1, 40, 33, 32, 32, dict(heads=1, block=29, halo=3)),
 }

@@ -28,6 +28,9 @@ from torch import Tensor
 from zoo.kernels.halo.reference import Geometry, block_grid
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Where the running maximum starts: far below every logit and far above the -1e30 of keys that are left out. A maximum
+# among the latter would turn the rounding of their product with the scale, 1e22 and more, into an exponent.
+LOWEST = tl.constexpr(-1e20)
 
 
 @triton.jit
@@ -187,7 +190,7 @@ def _halo_forward_kernel(
             q, table, _again(y, i, QH), _again(x, i, QH), factor, SIDE, WINDOW, MASKED, BLOCK_J, BLOCK_R
         )
         head_ptr = kv_ptr + b * kv_stride_b + head * (DK + DV)
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        top = tl.full([BLOCK_M], LOWEST, tl.float32)
         norm = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         if UNROLL:
