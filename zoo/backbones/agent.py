@@ -31,6 +31,7 @@ from zoo.backbones.agent_layers import (
 from zoo.backbones.agent_pvt import AgentPVT
 from zoo.backbones.agent_swin import AgentSwin, WindowAttention
 from zoo.convert.agent import ORIGIN, convert
+from zoo.hub import embedded_cfg
 
 __all__ = [
     "AgentAttention",
@@ -122,15 +123,9 @@ def _deit_cfg(size: int = 224) -> dict[str, Any]:
     return _cfg(size, pool_size=None, classifier="head")
 
 
-def _nano_cfg() -> dict[str, Any]:
-    return _cfg(
-        128,
-        crop_pct=0.9,
-        crop_mode="center",
-        first_conv="patch_embed.conv1.proj",
-        license="apache-2.0",
-        origin_url=None,
-    )
+def _nano_cfg(name: str) -> dict[str, Any]:
+    """Config of weights that this package carries."""
+    return _cfg(128, **dict(dict(license="apache-2.0", origin_url=None), **embedded_cfg(name)))
 
 
 default_cfgs = generate_default_cfgs(
@@ -153,7 +148,7 @@ default_cfgs = generate_default_cfgs(
         "agent_cswin_small.untrained": _cfg(),
         "agent_cswin_base.untrained": _cfg(),
         "agent_cswin_base_384.untrained": _cfg(384),
-        "agent_nano.untrained": _nano_cfg(),
+        "agent_nano.zoo_clothing10": _nano_cfg("agent_nano.zoo_clothing10"),
     }
 )
 

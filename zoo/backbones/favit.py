@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers import DepthwiseConv2d, Mlp
 from zoo.convert.favit import ORIGIN, convert
+from zoo.hub import embedded_cfg
 from zoo.kernels import cross_window_pool, factorized_attention
 from zoo.kernels._dispatch import cast_for_autocast
 from zoo.kernels.factorized.reference import FUSIONS, reflect_index
@@ -463,7 +464,7 @@ def _cfg(**kwargs) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "favit_nano.untrained": _cfg(input_size=(3, 128, 128), pool_size=(8, 8), license="apache-2.0", origin_url=None),
+        "favit_nano.zoo_clothing10": _cfg(**dict(dict(origin_url=None), **embedded_cfg("favit_nano.zoo_clothing10"))),
         "favit_b0.untrained": _cfg(),
         "favit_b1.untrained": _cfg(),
         "favit_b2.untrained": _cfg(),

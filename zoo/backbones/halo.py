@@ -35,6 +35,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from zoo.hub import embedded_cfg
 from zoo.kernels import halo_attention
 
 __all__ = ["HaloAttention", "HaloNet", "resize_relative_table"]
@@ -571,7 +572,7 @@ def _cfg(size: int, **kwargs) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "halo_nano.untrained": _cfg(128),
+        "halo_nano.zoo_clothing10": _cfg(128, **embedded_cfg("halo_nano.zoo_clothing10")),
         "halo_h0.untrained": _cfg(256),
         "halo_h1.untrained": _cfg(256),
         "halo_h2.untrained": _cfg(256),

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import timm
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ThroughputMonitor
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassAccuracy
 
+from zoo.factory import create_model
 from zoo.train.distillation import Distillation, Distiller
 from zoo.train.seeding import mix_seed, run_seed, seed_global
 
@@ -29,7 +29,7 @@ class ImageClassifier(LightningModule):
     """Trains an image classifier.
 
     Args:
-        model: Model name with an optional tag, as ``timm.create_model`` takes it.
+        model: Model name with an optional tag, as ``zoo.create_model`` takes it.
         num_classes: Number of classes; the command line takes it from the data.
         pretrained: Whether to start from pretrained weights.
         model_kwargs: Further arguments of the model, such as ``drop_path_rate``.
@@ -90,7 +90,7 @@ class ImageClassifier(LightningModule):
         self.save_hyperparameters(ignore=["distillation"])
         self.hparams["distillation"] = vars(distillation).copy() if distillation else None
 
-        self.net = timm.create_model(model, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {}))
+        self.net = create_model(model, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {}))
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.net.to(memory_format=self.memory_format)
         width = getattr(self.net, "head_hidden_size", None) or self.net.num_features
