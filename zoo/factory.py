@@ -5,7 +5,6 @@ a tag or a weights file does not exist, and never hands out a random model where
 """
 
 import difflib
-import functools
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -13,13 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.models import get_arch_name, get_pretrained_cfg, is_model, model_entrypoint, parse_model_name
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from zoo import hub
+from zoo import costs, hub
 from zoo.accelerate import accelerate, can_accelerate
 
 # Any of these in `pretrained_cfg` or its overlay says where the weights are.
@@ -145,7 +141,7 @@ def model_info(name: str) -> ModelInfo:
     arch = get_arch_name(name)
     cfg = get_pretrained_cfg(name) or get_pretrained_cfg(arch)
     input_size = tuple(cfg.input_size) if cfg else (3, 224, 224)
-    params, macs = _measure(name, input_size)
+    params, macs = costs.of(name, input_size)
     return ModelInfo(
         name=name,
         family=_family(arch),
@@ -158,40 +154,6 @@ def model_info(name: str) -> ModelInfo:
         paper=_paper(cfg),
         get_weights=_origin(arch),
     )
-
-
-def count_params(model: nn.Module) -> int:
-    """Return the number of parameters, shared ones once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
-    """Count the multiply-accumulates of one forward pass of one image.
-
-    Matrix products, convolutions and attention are counted; normalisation and activations are not, as usual in papers.
-
-    Args:
-        model: Any module taking one image batch.
-        input_size: (channels, height, width).
-    """
-    parameter = next(model.parameters())
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        model.train(training)
-    return counter.get_total_flops() // 2
-
-
-@functools.cache
-def _measure(name: str, input_size: tuple[int, ...]) -> tuple[int, int]:
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    # The forward pass runs on fake CPU tensors, because autocast regions inside models do not know the meta device.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return count_params(model), count_macs(model.to_empty(device="cpu"), input_size)
 
 
 def _check_name(name: str) -> None:

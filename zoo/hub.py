@@ -524,7 +524,7 @@ def render_card(
     """
     from huggingface_hub import ModelCardData
 
-    from zoo.factory import count_macs, count_params
+    from zoo.costs import count_macs, count_params
 
     cfg = model.pretrained_cfg
     front = ModelCardData(

@@ -187,6 +187,10 @@ def plot(source: Path, target: Path | None = None) -> Path:
     heights = [1.2 + 0.32 * len(panel) for panel in panels.values()]
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     providers = list(dict.fromkeys(row["provider"] for row in rows))
+    subjects = list(dict.fromkeys((row["name"], row["config"]) for row in rows))
+    for panel in panels.values():
+        # Peers stand together, also where they were measured at different times.
+        panel.sort(key=lambda row: (subjects.index((row["name"], row["config"])), providers.index(row["provider"])))
     for axis, (titles, panel) in zip(axes, panels.items(), strict=True):
         draw_panel(axis, " | ".join(titles), panel, providers)
     target = target or source.with_suffix(".png")
