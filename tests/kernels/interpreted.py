@@ -32,10 +32,10 @@ PROBLEMS = {
     "tile_masked": ((7, 5), 16, 1, (4, 3), 2, None, None, True, False),
     "tile_of_blocks": ((16, 8), 16, 1, (16, 8), 1, None, None, False, True),
     "walk": ((20, 20), 16, 1, (10, 10), 3, None, None, False, True),
-    "walk_even": ((16, 12), 16, 1, (4, 4), 8, None, None, False, True),
+    "walk_even": ((16, 16), 16, 1, (4, 4), 8, None, None, False, True),
     "cross": ((6, 10), 32, 2, (3, 5), 3, (4, 6), (2, 2), False, False),
 }
-DESIGNS = {"dense": "tile tile tile", "tile": "tile tile walk", "walk": "walk walk walk", "walk_even": "walk tile walk"}
+DESIGNS = {"dense": "tile tile tile", "tile": "tile tile walk", "walk": "walk walk walk", "walk_even": "walk walk walk"}
 
 
 def setup(name: str):
