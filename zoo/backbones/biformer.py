@@ -20,10 +20,10 @@ from timm.models import (
     register_model,
     register_notrace_module,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.backbones.layers import DepthwiseConv2d, Mlp, global_attention
+from zoo.backbones.pyramid import Pyramid
 from zoo.convert.biformer import ORIGIN, convert
 from zoo.hub import embedded_cfg
 from zoo.kernels import Routing, bilevel_attention, route_regions
@@ -444,7 +444,7 @@ def _per_stage(value: Any, stages: int, name: str) -> tuple:
     return values
 
 
-class BiFormer(nn.Module):
+class BiFormer(Pyramid):
     """BiFormer image classifier and feature extractor; any input size of at least 32 x 32 pixels runs.
 
     Args:
@@ -569,96 +569,12 @@ class BiFormer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         if coarse:
             blocks = [(r"^stages\.(\d+)", None)]
         else:
             blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return dict(stem=r"^stem", blocks=[*blocks, (r"^(?:norm|extra_norms|head)", (99999,))])
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; 0 classes for none, global_pool="" for an unpooled map."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Stage outputs, and the output of `forward_features`.
-
-        Args:
-            x: Images [B, in_chans, H, W].
-            indices: Stages to return: None for all, a number for the last n, or a list.
-            norm: Apply the final norm to the last stage's map.
-            stop_early: Stop after the last stage asked for.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: Return only the list of maps.
-
-        Raises:
-            ValueError: Unknown output format.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f'output_fmt must be "NCHW" or "NHWC", got {output_fmt!r}.')
-        take, max_index = feature_take_indices(len(self.stages), indices)
-        intermediates = []
-        x = self.stem(x)
-        last = len(self.stages) - 1
-        for i, stage in enumerate(self.stages if not stop_early else self.stages[: max_index + 1]):
-            x = stage(x)
-            if i not in take:
-                continue
-            y = self.norm(x) if norm and i == last else x
-            if self.extra_norms is not None:
-                # The map that goes on stays as it is.
-                y = self.extra_norms[i](y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            intermediates.append(y if output_fmt == "NCHW" else y.permute(0, 2, 3, 1))
-        if intermediates_only:
-            return intermediates
-        return (self.norm(x) if i == last else x), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the given stages do not need; returns the stage numbers."""
-        take, max_index = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: max_index + 1]
-        if self.extra_norms is not None:
-            self.extra_norms = self.extra_norms[: max_index + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> normalised last map [B, C, H / 32, W / 32]"""
-        return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

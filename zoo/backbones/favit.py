@@ -22,10 +22,10 @@ from timm.models import (
     register_model,
     register_notrace_module,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.backbones.layers import DepthwiseConv2d, Mlp
+from zoo.backbones.pyramid import Pyramid
 from zoo.convert.favit import ORIGIN, convert
 from zoo.hub import embedded_cfg
 from zoo.kernels import cross_window_pool, factorized_attention
@@ -253,7 +253,7 @@ class Stage(nn.Module):
         return self.norm(x).permute(0, 3, 1, 2)
 
 
-class FaViT(nn.Module):
+class FaViT(Pyramid):
     """FaViT image classifier and feature extractor; any input size of at least 32 x 32 pixels runs.
 
     Every stage ends in its norm, so that `forward_features` and `features_only` give the maps that the official
@@ -341,10 +341,6 @@ class FaViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         stem = r"^stages\.0\.patch_embed"
         if coarse:
@@ -357,72 +353,14 @@ class FaViT(nn.Module):
             ]
         return dict(stem=stem, blocks=[*blocks, (r"^head", (99999,))])
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+    # Stages begin with their patch embedding and end in their norm.
+    tail = None
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
+    def embed(self, x: Tensor) -> Tensor:
+        return x
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; 0 classes for none, global_pool="" for an unpooled map."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Stage outputs, and the output of `forward_features`.
-
-        Args:
-            x: Images [B, in_chans, H, W].
-            indices: Stages to return: None for all, a number for the last n, or a list.
-            norm: No effect: every stage ends in its norm.
-            stop_early: Stop after the last stage asked for.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: Return only the list of maps.
-
-        Raises:
-            ValueError: Unknown output format.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f'output_fmt must be "NCHW" or "NHWC", got {output_fmt!r}.')
-        take, max_index = feature_take_indices(len(self.stages), indices)
-        intermediates = []
-        for i, stage in enumerate(self.stages if not stop_early else self.stages[: max_index + 1]):
-            x = stage(x)
-            if i in take:
-                intermediates.append(x if output_fmt == "NCHW" else x.permute(0, 2, 3, 1))
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the given stages do not need; returns the stage numbers. Norms belong to their stages and stay."""
-        take, max_index = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: max_index + 1]
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> normalised last map [B, C, H / 32, W / 32]"""
-        return self.stages(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def finish(self, x: Tensor) -> Tensor:
+        return x
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

@@ -32,9 +32,9 @@ from timm.models import (
     register_model,
     register_notrace_module,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from zoo.backbones.pyramid import Pyramid
 from zoo.hub import embedded_cfg
 from zoo.kernels import halo_attention
 
@@ -269,7 +269,7 @@ def _check_layout(layout: Sequence[str], dims: Sequence[int], num_heads: Sequenc
             raise ValueError(f"{name} needs one value for each of {len(layout)} stages, got {tuple(values)}.")
 
 
-class HaloNet(nn.Module):
+class HaloNet(Pyramid):
     """HaloNet.
 
     The paper leaves two points open. Its equations show no factor on the logits: here content and position logits are
@@ -371,79 +371,10 @@ class HaloNet(nn.Module):
         block = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return dict(stem=r"^stem", blocks=[(block, None), (r"^(?:final_conv|head)", (99999,))])
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+    tail = "final_conv"
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; 0 classes for none, global_pool="" for an unpooled map."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Stage outputs, and the output of `forward_features`.
-
-        Args:
-            x: Images [B, in_chans, H, W].
-            indices: Stages to return: None for all, a number for the last n, or a list.
-            norm: Apply the final convolution to the last stage's map.
-            stop_early: Stop after the last stage asked for.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: Return only the list of maps.
-
-        Raises:
-            ValueError: Unknown output format.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f'output_fmt must be "NCHW" or "NHWC", got {output_fmt!r}.')
-        take, max_index = feature_take_indices(len(self.stages), indices)
-        intermediates = []
-        x = self.stem(x)
-        last = len(self.stages) - 1
-        for i, stage in enumerate(self.stages if not stop_early else self.stages[: max_index + 1]):
-            x = stage(x)
-            if i in take:
-                y = self.final_conv(x) if norm and i == last else x
-                intermediates.append(y if output_fmt == "NCHW" else y.permute(0, 2, 3, 1))
-        if intermediates_only:
-            return intermediates
-        return (self.final_conv(x) if i == last else x), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the given stages do not need; returns the stage numbers."""
-        take, max_index = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: max_index + 1]
-        if prune_norm:
-            self.final_conv = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> last map [B, num_features, H / 32, W / 32], rounded up at every stride"""
-        return self.final_conv(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def finish(self, x: Tensor) -> Tensor:
+        return self.final_conv(x)
 
 
 TABLES = ("pos_embed.height_rel", "pos_embed.width_rel")
