@@ -9,6 +9,7 @@ from pathlib import Path
 MODEL = "biformer_nano.zoo_clothing10"
 CONFIG = "digits/biformer_nano"
 WANTED_ACCURACY = 0.97
+_SAMPLES = Path(__file__).parents[1] / "samples"
 _EXTRAS = ("matplotlib", "sklearn", "skimage")
 
 
@@ -65,7 +66,11 @@ def _show_models() -> None:
 
 
 def sample_photographs() -> dict[str, "object"]:
-    """Return photographs that come with scikit-learn and scikit-image, by name, as PIL images."""
+    """Photographs of clothes that come with this package, then others from scikit-learn and scikit-image.
+
+    Returns:
+        PIL images by name; the name of a piece of clothing is its class.
+    """
     import skimage.data
     from PIL import Image
     from sklearn.datasets import load_sample_images
@@ -73,7 +78,8 @@ def sample_photographs() -> dict[str, "object"]:
     samples = load_sample_images()
     photos = {Path(name).stem: image for name, image in zip(samples.filenames, samples.images, strict=True)}
     photos |= {name: getattr(skimage.data, name)() for name in ("astronaut", "coffee", "chelsea")}
-    return {name: Image.fromarray(image) for name, image in photos.items()}
+    clothes = {path.stem: Image.open(path) for path in sorted(_SAMPLES.glob("*.jpg"))}
+    return clothes | {name: Image.fromarray(image) for name, image in photos.items()}
 
 
 def _predict(name: str, out: Path) -> None:
@@ -82,7 +88,8 @@ def _predict(name: str, out: Path) -> None:
     classifier = Classifier(name, "cpu")
     print(
         f"{name} knows only these classes: {', '.join(classifier.labels[:20])}.\n"
-        "The photographs are ordinary ones, so each answer is the closest of these classes, not the object's name."
+        "The first photographs show clothes and were not trained on. The others show other things: there the answer\n"
+        "is the closest of these classes."
     )
     photos = sample_photographs()
     inputs = [classifier.load(image) for image in photos.values()]
