@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import types
 
@@ -11,6 +12,7 @@ import torch
 
 import zoo  # noqa: F401
 from zoo.backbones.agent import checkpoint_filter_fn
+from zoo.backbones.agent_layers import LENGTH_DIM
 from zoo.cli import convert as command
 from zoo.cli import main
 from zoo.convert.agent import convert
@@ -52,6 +54,8 @@ def official_name(model: str, name: str) -> str:
 
 def official(name: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     state = {official_name(name, key): value for key, value in model.state_dict().items()}
+    for key in [key for key in state if key.rpartition(".")[2] in LENGTH_DIM]:
+        state[key] = state[key][None]
     for key in [key for key in state if key.endswith("relative_position_bias_table")]:
         state[key.replace("bias_table", "index")] = torch.zeros(4, 4, dtype=torch.long)
         state[key.replace("attn.relative_position_bias_table", "attn_mask")] = torch.zeros(4, 49, 49)
@@ -71,7 +75,7 @@ def test_round_trip(name: str, entries: int) -> None:
             if int(key.split(".")[3]) % 2 == 0 or key.startswith("layers.3"):
                 del checkpoint[key]
     assert len(checkpoint) == entries
-    converted = convert({"model": checkpoint, "epoch": 299})
+    converted = checkpoint_filter_fn({"model": checkpoint, "epoch": 299}, model)
     expected = model.state_dict()
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in expected.items()}
 
@@ -144,10 +148,19 @@ def test_configs_beside_the_weights_are_read_without_their_package(tmp_path, mon
     assert list(command.read_checkpoint(str(path))) == ["cls_token"]
 
 
-def test_command_tells_input_sizes_apart(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(command, "_archs", lambda family: ["agent_pvt_medium", "agent_pvt_medium_256"])
-    model = timm.create_model("agent_pvt_medium_256", device="meta").to_empty(device="cpu")
-    checkpoint = {key: torch.zeros_like(value) for key, value in official("agent_pvt_medium_256", model).items()}
-    torch.save({"model": checkpoint}, tmp_path / "official.pth")
+@pytest.mark.parametrize(
+    "pair", [("agent_pvt_medium", "agent_pvt_medium_256"), ("agent_cswin_base", "agent_cswin_base_384")], ids=str
+)
+@pytest.mark.parametrize("which", [0, 1])
+def test_command_tells_input_sizes_apart(pair: tuple[str, str], which: int) -> None:
+    state = official(pair[which], timm.create_model(pair[which], device="meta"))
+    checkpoint = {key: torch.zeros(1).expand(value.shape) for key, value in state.items()}
+    assert command._match(argparse.Namespace(model=None), checkpoint, list(pair))[0] == pair[which]
+
+
+def test_command_says_what_it_resized(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(command, "_archs", lambda family: ["agent_pvt_tiny"])
+    model = timm.create_model("agent_pvt_tiny", img_size=192)
+    torch.save({"model": official("agent_pvt_tiny", model)}, tmp_path / "official.pth")
     main(["convert", "agent", str(tmp_path / "official.pth"), "--out", str(tmp_path / "out")])
-    assert "(agent_pvt_medium_256)" in capsys.readouterr().out
+    assert "were resized to that of agent_pvt_tiny" in capsys.readouterr().out

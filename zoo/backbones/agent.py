@@ -69,8 +69,9 @@ def _resized(name: str, value: Tensor, model: nn.Module, wanted: Tensor) -> Tens
     owner, _, kind = name.rpartition(".")
     module = model.get_submodule(owner)
     if kind in LENGTH_DIM:
-        value = without_leading_axis(value)
-        return resize_bias(kind, value, wanted.shape[LENGTH_DIM[kind]]) if value.dim() == wanted.dim() else value
+        value, length = without_leading_axis(value), wanted.shape[LENGTH_DIM[kind]]
+        same = value.dim() != wanted.dim() or value.shape[LENGTH_DIM[kind]] == length
+        return value if same else resize_bias(kind, value, length)
     if kind == "pos_embed" and value.shape[-1] == wanted.shape[-1]:
         prefix = getattr(module, "num_prefix_tokens", 0)
         return resample_abs_pos_embed(value, module.grid, num_prefix_tokens=prefix, antialias=False)

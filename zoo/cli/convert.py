@@ -104,7 +104,8 @@ def _match(args: argparse.Namespace, checkpoint: dict[str, Any], candidates: lis
 
     Families may resize weights to a model's input size; of several that fit, the one with the fewest changes is meant.
     """
-    given = {id(tensor) for tensor in checkpoint.values()}
+    # A view (another shape of the same numbers) is no change.
+    given = {tensor.untyped_storage().data_ptr() for tensor in checkpoint.values()}
     closest: tuple[int, str] | None = None
     fits: list[tuple[int, str, dict[str, Any]]] = []
     reasons = []
@@ -116,12 +117,15 @@ def _match(args: argparse.Namespace, checkpoint: dict[str, Any], candidates: lis
             continue
         problems = _differences(arch, converted)
         if not problems:
-            fits.append((sum(id(tensor) not in given for tensor in converted.values()), arch, converted))
+            changed = sum(tensor.untyped_storage().data_ptr() not in given for tensor in converted.values())
+            fits.append((changed, arch, converted))
         elif closest is None or len(problems) < closest[0]:
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             closest = (len(problems), f"Closest is {arch}: {problems[0]}{more}.")
     if fits:
-        _, arch, converted = min(fits, key=lambda fit: fit[0])
+        changed, arch, converted = min(fits, key=lambda fit: fit[0])
+        if changed:
+            print(f"note: {changed} weights that depend on the input size were resized to that of {arch}")
         return arch, converted
     what = f"'{args.model}'" if args.model else f"any model of the family '{args.family}'"
     raise ValueError(f"'{args.checkpoint}' does not fit {what}. {closest[1] if closest else reasons[0]}")
