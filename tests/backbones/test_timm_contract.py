@@ -1,7 +1,8 @@
 """What timm and its users expect of an image model, for every model that zoo registers.
 
-A model is tested by existing: nothing here names one. Sizes are small, so that the file runs on a CPU. Models run only
-where none smaller is built of the same kinds of layers; the others are checked on the meta device.
+A model is tested by existing: nothing here names one. Sizes are small, so that the file runs on a CPU. By default
+models run only where none smaller is built of the same kinds of layers, and the others are checked on the meta device;
+`-m slow` runs the others as well.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ SHALLOW = [name for name in RUNNING if size_of(name)[0] < 300]
 SMALLEST = smallest_of_each(NAMES, lambda name: kind_of(name)[0])
 
 every_model = pytest.mark.parametrize("name", NAMES)
-running_model = pytest.mark.parametrize("name", RUNNING)
+running_model = pytest.mark.parametrize(
+    "name", [name if name in RUNNING else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 shallow_model = pytest.mark.parametrize("name", SHALLOW)
 small_model = pytest.mark.parametrize("name", SMALLEST)
 
@@ -193,6 +196,13 @@ def test_forward_is_head_of_features(name):
         assert features.shape[0] == 2 and channels(model, features) == model.num_features
         assert features.isfinite().all()
         assert_same(model.forward_head(features), model(x))
+
+
+@running_model
+def test_channels_last(name):
+    model, x = make(name).to(memory_format=torch.channels_last), images(name)
+    with torch.no_grad():
+        assert_same(model(x.to(memory_format=torch.channels_last)), prototype(name)(x))
 
 
 @running_model
