@@ -1,7 +1,7 @@
-"""Which tokens of a grid are merged, and merging and unmerging them.
+"""Which tokens of a grid merge, and merging and unmerging them.
 
-Some tokens of the grid, one in each cell, are destinations. Every other token is a source and finds the destination most
-similar to it; the sources that fit best are averaged into theirs. Nothing here waits for the device, and no sum depends
+Some tokens of the grid, one in each cell, are destinations. Every other token is a source and finds the destination
+most like it; the sources that fit best are averaged into theirs. Nothing here waits for the device, and no sum depends
 on the order in which threads arrive.
 
 Paper: Agent Attention, arXiv:2312.08874, section on Stable Diffusion; Token Merging for Fast Stable Diffusion,
@@ -35,51 +35,55 @@ def destinations(
         Token indices [cells down * cells across], int64; empty where no cell fits.
     """
     (H, W), (cell_h, cell_w) = grid, cell
-    rows = torch.arange(H // cell_h, device=device)[:, None] * cell_h
-    columns = torch.arange(W // cell_w, device=device) * cell_w
+    down, across = H // cell_h, W // cell_w
+    # [cells down, cells across]
+    corners = torch.arange(H * W, device=device).view(H, W)[: down * cell_h : cell_h, : across * cell_w : cell_w]
     if offsets is None:
-        return (rows * W + columns).flatten()
-    tokens = (rows + offsets // cell_w) * W + columns + offsets % cell_w
-    return tokens.flatten().sort().values
+        return corners.flatten()
+    return (corners + offsets // cell_w * W + offsets % cell_w).flatten().sort().values
 
 
 class Match(NamedTuple):
     """Each token's most similar destination.
 
     Attributes:
-        score: Cosine similarity to it [B, N]; -inf for destinations, which are never merged into others.
         target: Its index among the destinations [B, N]; a destination is its own.
+        order: Tokens [B, N], those most similar to their destinations first, the destinations last; of equal ones the
+            earlier token first. None if not asked for.
         dst: Destination tokens [n].
     """
 
-    score: Tensor
     target: Tensor
+    order: Tensor | None
     dst: Tensor
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Tokens of length one. A zero token stays zero: it is as similar to one destination as to any other."""
-    norm = x.norm(dim=-1, keepdim=True)
-    return x / norm.masked_fill(norm == 0, 1)
+def _norm(x: Tensor) -> Tensor:
+    """Lengths of tokens to divide by: a zero token stays zero, as similar to one destination as to any other."""
+    return x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 @torch.no_grad()
-def match(x: Tensor, dst: Tensor) -> Match:
+def match(x: Tensor, dst: Tensor, rank: bool = True) -> Match:
     """Find each token's most similar destination, by cosine; the first one where several are equal.
 
     Args:
         x: Tokens [B, N, C].
         dst: Destination tokens [n], n > 0.
+        rank: Whether to order the tokens, which merging some of them needs and merging all of them does not.
     """
-    unit = _unit(x)
-    # [B, C, n]
-    targets = unit[:, dst].transpose(1, 2)
-    part = max(1, MAX_ELEMENTS // (x.shape[0] * dst.shape[0]))
-    score, target = zip(*((tokens @ targets).max(-1) for tokens in unit.split(part, dim=1)), strict=True)
-    score, target = torch.cat(score, dim=1), torch.cat(target, dim=1)
+    B, n = x.shape[0], dst.shape[0]
+    targets = x[:, dst]
+    # [B, C, n]; the length of a token does not change which destination is the most similar one.
+    targets = (targets / _norm(targets)).transpose(1, 2)
+    parts = [(tokens @ targets).max(-1) for tokens in x.split(max(1, MAX_ELEMENTS // (B * n)), dim=1)]
+    target = torch.cat([part.indices for part in parts], dim=1)
+    target[:, dst] = torch.arange(n, device=x.device)
+    if not rank:
+        return Match(target, None, dst)
+    score = torch.cat([part.values for part in parts], dim=1) / _norm(x).squeeze(-1)
     score[:, dst] = -torch.inf
-    target[:, dst] = torch.arange(dst.shape[0], device=x.device)
-    return Match(score, target, dst)
+    return Match(target, score.argsort(dim=1, descending=True, stable=True), dst)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -128,27 +132,27 @@ class Merge(NamedTuple):
 
 @torch.no_grad()
 def select(found: Match, count: int) -> Merge:
-    """Merge the `count` sources that are most similar to their destinations; the earlier token where several are equal.
+    """Merge the `count` sources that are most similar to their destinations.
 
     Args:
-        found: The destinations of all tokens.
+        found: The destinations of all tokens, ranked unless all sources merge.
         count: Number of tokens to merge, 0 to N - n.
     """
-    score, target, dst = found
-    (B, N), n = score.shape, dst.shape[0]
+    target, order, dst = found
+    (B, N), n = target.shape, dst.shape[0]
     K = N - n - count
-    merged = torch.zeros(B, N, dtype=torch.bool, device=score.device)
-    merged[:, dst] = True
     if K == 0:
-        merged = torch.ones_like(merged)
-    elif count:
-        best = score.argsort(dim=1, descending=True, stable=True)[:, :count]
-        merged = merged.scatter(1, best, True)
-    place = (~merged).cumsum(1) - 1
-    # The last column takes the indices of all tokens that are not kept, and is dropped.
-    kept = place.new_zeros(B, K + 1)
-    kept = kept.scatter(1, place.masked_fill(merged, K), torch.arange(N, device=place.device).expand(B, N))[:, :K]
+        merged, kept, row = target.new_ones(1, dtype=torch.float32).expand(B, N), target.new_empty(B, 0), target
+    else:
+        merged = torch.zeros(B, N, dtype=torch.bool, device=target.device)
+        merged[:, dst] = True
+        merged = merged.scatter(1, order[:, :count], True)
+        place = (~merged).cumsum(1) - 1
+        row = torch.where(merged, K + target, place)
+        # The last column takes the indices of all tokens that merge, and is dropped.
+        index = torch.arange(N, device=target.device).expand(B, N)
+        kept = target.new_empty(B, K + 1).scatter(1, place.masked_fill(merged, K), index)[:, :K]
+        merged = merged.float()
     # Sums of ones are exact in any order.
-    sizes = torch.zeros(B, n, device=score.device).scatter_add(1, target, merged.float())
-    share = merged.float() / sizes.gather(1, target)
-    return Merge(kept, torch.where(merged, K + target, place), target, share, dst)
+    sizes = merged.new_zeros(B, n).scatter_add(1, target, merged)
+    return Merge(kept, row, target, merged / sizes.gather(1, target), dst)

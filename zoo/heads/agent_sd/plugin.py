@@ -73,12 +73,10 @@ def _unet_of(pipe_or_unet) -> UNet2DConditionModel:
     # What torch.compile returns wraps the model.
     unet = getattr(unet, "_orig_mod", unet)
     if not isinstance(unet, UNet2DConditionModel):
+        received = type(pipe_or_unet).__name__ + ("" if unet is pipe_or_unet else f" with {type(unet).__name__}")
         raise ValueError(
-            f"AgentSD needs a UNet2DConditionModel or a pipeline with one as `unet` (Stable Diffusion 1.x, 2.x, XL), "
-            f"got {type(pipe_or_unet).__name__} with {type(unet).__name__}."
-            if unet is not pipe_or_unet
-            else f"AgentSD needs a UNet2DConditionModel or a pipeline with one as `unet` (Stable Diffusion 1.x, 2.x, "
-            f"XL), got {type(pipe_or_unet).__name__}."
+            "AgentSD needs a UNet2DConditionModel, or a pipeline with one as `unet` (Stable Diffusion 1.x, 2.x, XL); "
+            f"got {received}."
         )
     return unet
 
@@ -93,9 +91,13 @@ def _downsample_of(name: str, unet: UNet2DConditionModel) -> int:
 
 def _blocks_of(unet: UNet2DConditionModel, max_downsample: int | None) -> tuple[dict[str, nn.Module], int]:
     """Transformer blocks at the levels where tokens merge, by name, and the coarsest such level."""
-    blocks = {name: block for name, block in unet.named_modules() if isinstance(block, BasicTransformerBlock)}
+    blocks = {
+        name: block
+        for name, block in unet.named_modules()
+        if isinstance(block, BasicTransformerBlock) and not block.only_cross_attention
+    }
     if not blocks:
-        raise ValueError("this UNet2DConditionModel has no BasicTransformerBlock, so AgentSD has nothing to speed up.")
+        raise ValueError("this UNet2DConditionModel has no self-attention in a BasicTransformerBlock to speed up.")
     levels = {name: _downsample_of(name, unet) for name in blocks}
     finest = min(levels.values())
     limit = finest if max_downsample is None else max_downsample

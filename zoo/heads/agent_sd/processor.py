@@ -6,6 +6,7 @@ adapters and quantised layers in them keep working.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,15 @@ class Layer:
 
     def _begin(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else kwargs["hidden_states"]
-        self.selection = self._select(x) if x.dim() == 3 else None
+        self.selection = self._select(x) if self._installed() else None
+
+    def _installed(self) -> bool:
+        if all(attn.processor is ours for attn, ours, _ in self._replaced):
+            return True
+        warnings.warn(
+            "another attention processor has replaced that of AgentSD: apply it again to use it", stacklevel=2
+        )
+        return False
 
     def _end(self, block: nn.Module, args: tuple, output: Tensor) -> None:
         self.selection = None
@@ -76,7 +85,7 @@ class Layer:
         if plan is None:
             return None
         offsets = self.context.cell_offsets(self.index, plan, x.shape[0], x.device)
-        found = match(x, destinations(plan.grid, plan.cell, offsets, x.device))
+        found = match(x, destinations(plan.grid, plan.cell, offsets, x.device), plan.ranked)
         tokens = select(found, plan.merged) if plan.merged else None
         return Selection(tokens, select(found, plan.agent_merged) if plan.agent_merged else None)
 
@@ -85,8 +94,8 @@ class Layer:
             return None
         if self.block._chunk_size is not None:
             raise NotImplementedError(
-                "merge_mlp cannot merge the parts of a chunked feed-forward: call unet.disable_forward_chunking(), or "
-                "apply AgentSD without merge_mlp."
+                f"merge_mlp takes all tokens at once, this feed-forward has chunks of {self.block._chunk_size}: call "
+                "block.set_chunk_feed_forward(None), or apply AgentSD without merge_mlp."
             )
         return (self.selection.tokens.merge(args[0]), *args[1:])
 
@@ -136,12 +145,17 @@ class AgentProcessor:
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def attend(
+def attend(q: Tensor, agents: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, query_scale: float) -> Tensor:
+    """Agent attention [B, N, C], on the kernel where it takes the problem: it does not hold many or wide agents."""
+    if q.is_cuda and not can_run(q, agents, k, v, heads, scale, query_scale):
+        return attend_twice(q, agents, k, v, heads, scale, query_scale)
+    return agent_attention(q, agents, k, v, heads=heads, scale=scale, query_scale=query_scale)
+
+
+def attend_twice(
     q: Tensor, agents: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, query_scale: float
 ) -> Tensor:  # fmt: skip
-    """Agent attention [B, N, C] on the kernels; for more agents than they hold, as two fused attentions."""
-    if not q.is_cuda or can_run(q, agents, k, v, heads, scale, query_scale):
-        return agent_attention(q, agents, k, v, heads=heads, scale=scale, query_scale=query_scale)
+    """The same as two fused attentions."""
     # [B, tokens, C] -> [B, M, tokens, D]
     q, agents, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, agents, k, v))
     agent_values = F.scaled_dot_product_attention(agents, k, v, scale=scale)

@@ -61,6 +61,13 @@ class Plan(NamedTuple):
     merged: int
     # Tokens that merge into agents; 0: softmax attention, without agents.
     agent_merged: int
+    # Tokens that are no destinations.
+    sources: int
+
+    @property
+    def ranked(self) -> bool:
+        """Whether some sources merge and others do not."""
+        return bool({self.merged, self.agent_merged} - {0, self.sources})
 
 
 def token_grid(latent: tuple[int, int], tokens: int) -> tuple[int, int, int] | None:
@@ -69,9 +76,9 @@ def token_grid(latent: tuple[int, int], tokens: int) -> tuple[int, int, int] | N
     A UNet halves an odd size upwards. None: no level of the UNet has so many tokens.
     """
     (H, W), downsample = latent, 1
-    while H * W > tokens:
+    while tokens < H * W:
         H, W, downsample = (H + 1) // 2, (W + 1) // 2, 2 * downsample
-    return (H, W, downsample) if H * W == tokens else None
+    return (H, W, downsample) if tokens == H * W else None
 
 
 @dataclass
@@ -143,8 +150,7 @@ class Context:
         found = token_grid(self.latent, tokens) if self.latent else None
         if found is None or found[2] > self.max_downsample:
             return None
-        *grid, _ = found
-        (H, W), (cell_h, cell_w) = grid, self.phase.cell
+        (H, W, _), (cell_h, cell_w) = found, self.phase.cell
         dst = (H // cell_h) * (W // cell_w)
         sources = tokens - dst
         merged, agent_merged = (
@@ -159,7 +165,7 @@ class Context:
             merged = 0
         if not agents and not merged:
             return None
-        return Plan(tuple(grid), self.phase.cell, merged, agent_merged if agents else 0)
+        return Plan((H, W), self.phase.cell, merged, agent_merged if agents else 0, tokens - dst)
 
     def cell_offsets(self, layer: int, plan: Plan, batch: int, device: torch.device) -> Tensor | None:
         """Random positions of the destinations of a layer in their cells; None: the top left.
