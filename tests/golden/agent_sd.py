@@ -33,7 +33,8 @@ def settings(patch: dict) -> dict:
 def context(patch: dict, latent: tuple[int, int], seed: int | None = None) -> Context:
     """The state of an installation of the published method in the middle of a UNet call."""
     arguments = settings(patch)
-    del arguments["merge_crossattn"], arguments["merge_mlp"]
+    # These choose what is installed.
+    del arguments["max_downsample"], arguments["merge_crossattn"], arguments["merge_mlp"]
     out = Context(**arguments, fast=False, seed=seed, min_merge_tokens=0)
     out.begin(torch.empty(1, 4, *latent), 500)
     return out

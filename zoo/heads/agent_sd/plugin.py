@@ -89,8 +89,8 @@ def _downsample_of(name: str, unet: UNet2DConditionModel) -> int:
     return 2**level
 
 
-def _blocks_of(unet: UNet2DConditionModel, max_downsample: int | None) -> tuple[dict[str, nn.Module], int]:
-    """Transformer blocks at the levels where tokens merge, by name, and the coarsest such level."""
+def _blocks_of(unet: UNet2DConditionModel, max_downsample: int | None) -> dict[str, nn.Module]:
+    """Transformer blocks at the levels where tokens merge, by name."""
     blocks = {
         name: block
         for name, block in unet.named_modules()
@@ -106,7 +106,7 @@ def _blocks_of(unet: UNet2DConditionModel, max_downsample: int | None) -> tuple[
             f"the finest transformer blocks of this UNet work at 1/{finest} of the latent's resolution: max_downsample "
             f"must be at least {finest}, got {max_downsample}."
         )
-    return {name: block for name, block in blocks.items() if levels[name] <= limit}, limit
+    return {name: block for name, block in blocks.items() if levels[name] <= limit}
 
 
 def _check_processors(blocks: dict[str, nn.Module], crossattn: bool) -> None:
@@ -188,12 +188,11 @@ def apply(
     fast = mode == "fast"
     if fast and (merge_crossattn or merge_mlp):
         raise ValueError("merge_crossattn and merge_mlp belong to mode='official': mode 'fast' merges no tokens there.")
-    blocks, limit = _blocks_of(unet, max_downsample)
+    blocks = _blocks_of(unet, max_downsample)
     settings = Context(
         ratio=ratio,
         fast=fast,
         schedule=check_schedule(schedule),
-        max_downsample=limit,
         use_rand=not fast if use_rand is None else use_rand,
         seed=seed,
         min_merge_tokens=(MIN_MERGE_TOKENS if fast else 0) if min_merge_tokens is None else min_merge_tokens,
