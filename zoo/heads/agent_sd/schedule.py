@@ -152,20 +152,18 @@ class Context:
             return None
         (H, W), (cell_h, cell_w) = grid, self.phase.cell
         dst = (H // cell_h) * (W // cell_w)
-        sources = tokens - dst
-        merged, agent_merged = (
-            min(int(tokens * self.ratio), sources),
-            min(int(tokens * self.phase.agent_ratio), sources),
-        )
         if dst == 0:
             return None
+        sources = tokens - dst
+        merged = min(int(tokens * self.ratio), sources)
+        agent_merged = min(int(tokens * self.phase.agent_ratio), sources)
         # Agent attention is linear in the tokens: merging them as well costs more than it saves.
         agents = 2 * (tokens - agent_merged) < tokens - (0 if self.fast else merged)
         if self.fast and (agents or tokens < self.min_merge_tokens):
             merged = 0
         if not agents and not merged:
             return None
-        return Plan(grid, self.phase.cell, merged, agent_merged if agents else 0, tokens - dst)
+        return Plan(grid, self.phase.cell, merged, agent_merged if agents else 0, sources)
 
     def cell_offsets(self, layer: int, plan: Plan, batch: int, device: torch.device) -> Tensor | None:
         """Random positions of the destinations of a layer in their cells; None: the top left.
