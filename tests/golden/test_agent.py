@@ -1,4 +1,4 @@
-"""Agent Attention equals its official implementation: ops, layers, models and the resizing of weights."""
+"""Agent Attention equals its official implementation: ops, layers, models, the resizing of weights, and AgentSD."""
 
 from __future__ import annotations
 
@@ -26,11 +26,9 @@ from zoo.backbones.agent_swin import PatchMerging
 from zoo.convert.agent import convert, convert_name
 from zoo.kernels.agent.reference import expand_bias
 
-from . import fill
+from . import agent_sd, fill
 from .cases import Case, _parse_slice, find
 
-# Training-free acceleration of Stable Diffusion is no part of the image backbones.
-DIFFUSION_KINDS = ("merge", "sdblock", "sdunet")
 # Official arguments without a counterpart, and the only values for which that is right.
 DEFAULTS = dict(patch_size=4, ape=False, patch_norm=True, num_stages=4, qk_scale=None, scale=-0.5, use_checkpoint=False)
 # These do nothing in evaluation, or only set up training.
@@ -335,14 +333,13 @@ RUNNERS = {
     "layer": lambda case: {"cswin_block": run_cswin_block, "swin_layer": run_swin_layer}[case.model](case),
     "model": run_model,
     "resize": run_resize,
+    **agent_sd.RUNNERS,
 }
 
 
 @pytest.mark.parametrize("path", find("agent"), ids=lambda p: p.stem)
 def test_golden(path) -> None:
     case = AgentCase(path)
-    if case.kind in DIFFUSION_KINDS:
-        pytest.skip(f"kind {case.kind!r} is AgentSD, the diffusion plug-in, which is not part of the backbones")
     assert case.kind in RUNNERS, f"no runner for kind {case.kind!r}"
     RUNNERS[case.kind](case)
     case.finish()

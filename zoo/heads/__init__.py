@@ -1,0 +1,1 @@
+"""Task heads on the backbones, and plug-ins for the pipelines of other libraries."""
