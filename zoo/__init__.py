@@ -3,6 +3,8 @@
 Importing this package registers every image model with timm, so that ``timm.create_model`` finds it.
 """
 
+import importlib
+
 __version__ = "0.1.0"
 
 from zoo import backbones  # noqa: F401  registers the models
@@ -10,3 +12,16 @@ from zoo.accelerate import accelerate, accelerated, restore
 from zoo.factory import create_model, list_models, model_info
 
 __all__ = ["__version__", "accelerate", "accelerated", "create_model", "list_models", "model_info", "restore"]
+
+# Plug-ins on other libraries' pipelines, imported on first use.
+_PLUGINS = {"sparse_vdit": "zoo.heads.sparse_vdit"}
+
+
+def __getattr__(name: str):
+    if name in _PLUGINS:
+        return importlib.import_module(_PLUGINS[name])
+    raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLUGINS})

@@ -1,0 +1,1 @@
+"""Plug-ins and task heads on top of the backbones and ops."""
