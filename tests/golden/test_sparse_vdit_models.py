@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from unittest import mock
+
 import diffusers
 import pytest
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from safetensors.torch import load_file
 from torch import Tensor
 
 from zoo.heads import sparse_vdit
+from zoo.heads.sparse_vdit.decide import decide_paper
+from zoo.heads.sparse_vdit.record import Losses, head_errors
+from zoo.kernels.tile_sparse import Layout, density, pattern_from_dict
 
 from . import fill
 from .cases import Case, find
@@ -18,10 +25,6 @@ class VideoCase(Case):
     """A case of this family has no kind of its own: the names of its outputs tell what it is about."""
 
     def __init__(self, path) -> None:
-        import json
-
-        from safetensors.torch import load_file
-
         self.spec = json.loads(path.read_text())
         self.expected = load_file(path.with_suffix(".safetensors"))
         self.name, self.model, self.kwargs = self.spec["case"], self.spec["model"], self.spec["kwargs"]
@@ -107,7 +110,99 @@ def run_model(case: VideoCase) -> None:
     assert torch.equal(run(), dense)
 
 
-RUNNERS = {"model": run_model}
+def run_model_search(case: VideoCase) -> None:
+    """Each pair of lambda and epsilon is a search of its own, as chosen outputs go on into later layers."""
+    kwargs, model = case.kwargs, case.build()
+    calls = [
+        dict(case.arguments(inputs, f"{case.name}.{s}"), return_dict=False)
+        for s, inputs in enumerate(case.spec["inputs"])
+    ]
+    for i, (lam, eps) in enumerate(kwargs["pairs"]):
+        samples, seen = [], []
+        watch = model.register_forward_hook(lambda module, args, out, kept=samples: kept.append(out[0]))
+        with mock.patch.object(Losses, "add", recording_add(seen)):
+            plan = sparse_vdit.search(
+                model, calls, method="paper", lam=lam, eps=eps, candidates=kwargs["candidates"], bins="steps",
+                dense_steps=0, grid=kwargs["grid"], tile=kwargs["tile"], progress=False,
+            )  # fmt: skip
+        watch.remove()
+        assert plan.search["sparsity"] == pytest.approx(kwargs["candidate_sparsity"])
+        layers = len(kwargs["layers"])
+        case.check(f"mse.{i}", torch.stack(seen).unflatten(0, (len(calls), layers)))
+        modes = [plan.assign[plan.bin_of(call["timestep"].item() / 1000)] for call in calls]
+        check_modes(case, i, torch.tensor(modes))
+        case.check(f"sample.{i}", torch.stack(samples))
+
+
+def recording_add(seen: list):
+    add = Losses.add
+
+    def record(self, step, layer, errors):
+        seen.append(errors.mse)
+        add(self, step, layer, errors)
+
+    return record
+
+
+def check_modes(case: VideoCase, i: int, modes: Tensor) -> None:
+    assert torch.equal(modes, case.expected[f"mode.{i}"].to(modes)), f"mode.{i} differs"
+    counts = modes.flatten().bincount(minlength=1 + len(case.kwargs["candidates"])).tolist()
+    assert counts == case.spec["expected_scalars"][str(i)]["counts"]
+    case.compared.add(f"mode.{i}")
+
+
+def run_search(case: VideoCase) -> None:
+    kwargs = case.kwargs
+    layout = Layout(kwargs["grid"], kwargs["text_tokens"], kwargs["text_position"], kwargs["tile"])
+    candidates = [pattern_from_dict(p) for p in kwargs["candidates"]]
+    sparsity = torch.tensor([1 - density(p, layout) for p in candidates], dtype=torch.float64)
+    assert sparsity.tolist() == pytest.approx(kwargs["candidate_sparsity"])
+    steps, layers = range(kwargs["steps"]), range(kwargs["layers"])
+    errors = [head_errors(*search_inputs(case, s, n), layout, candidates)[0] for s in steps for n in layers]
+    mse = torch.stack([e.mse for e in errors]).unflatten(0, (len(steps), len(layers)))
+    case.check("mse", mse)
+    case.check("energy", torch.stack([e.energy for e in errors]).unflatten(0, (len(steps), len(layers))))
+    for i, (lam, eps) in enumerate(kwargs["pairs"]):
+        check_modes(case, i, decide_paper(mse, sparsity, lam, eps))
+
+
+def search_inputs(case: VideoCase, s: int, layer: int) -> list[Tensor]:
+    """Queries, keys and values [1, M, S, D] of made-up heads: noise in which each type of head hides its pattern."""
+    kwargs, name = case.kwargs, case.name
+    (frames, height, width), T, M, D = kwargs["grid"], kwargs["text_tokens"], kwargs["heads"], kwargs["head_dim"]
+    n = height * width
+    V = frames * n
+    q, k, v = (fill.image(f"{name}.{x}.{s}.{layer}", (1, V + T, M, D)).double() for x in "qkv")
+    q, k = 0.3 * q, 0.3 * k
+    video = slice(T, None) if kwargs["text_position"] == "first" else slice(0, V)
+    i = torch.arange(V, dtype=torch.float64)
+    frequency = torch.pi * torch.arange(1, D // 2 + 1) / V
+
+    def phase(t: Tensor) -> Tensor:
+        angle = t[:, None] * frequency
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+    for m in range(M):
+        kind = kwargs["head_types"][(m + 3 * layer + s) % len(kwargs["head_types"])]
+        head_q, head_k, head_v = (x[0, video, m] for x in (q, k, v))
+        if kind in ("diag", "mdiag"):
+            place = i if kind == "diag" else (i % n) * frames + i // n
+            head_q += 2 * phase(place)
+            head_k += 2 * phase(place)
+        elif kind == "stripe":
+            head_q[:, 0] += 6
+            head_k[:n, 0] += 6
+        elif kind == "skip":
+            head_v *= 0.02
+        elif kind == "full":
+            angle = 2 * torch.pi * torch.stack([i / V, (i % n) / n])
+            head_v += (2 + 4 * angle.cos().sum(0))[:, None]
+        else:
+            raise ValueError(f"unknown type of head {kind!r}")
+    return [x.transpose(1, 2) for x in (q, k, v)]
+
+
+RUNNERS = {"model": run_model, "modelsearch": run_model_search, "search": run_search}
 # Masks and the op itself have a test of their own.
 ELSEWHERE = ("sparse_vdit.masks", "sparse_vdit.attention")
 

@@ -15,13 +15,16 @@ arXiv:2506.03065. The paper leaves window widths, tiles and the treatment of tex
 
 from zoo.heads.sparse_vdit.plan import SparsePlan, uniform_plan
 from zoo.heads.sparse_vdit.plugin import PlanHandle, PlanHandles, apply_plan, describe_model, use
+from zoo.heads.sparse_vdit.search import CANDIDATES, search
 
 __all__ = [
+    "CANDIDATES",
     "PlanHandle",
     "PlanHandles",
     "SparsePlan",
     "apply_plan",
     "describe_model",
+    "search",
     "uniform_plan",
     "use",
 ]

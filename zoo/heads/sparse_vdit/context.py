@@ -182,9 +182,10 @@ class RootHook:
         self.step.layout, self.step.table = located
         self.step.tokens = self.step.layout.tokens
         ids, sparse = self.patterns(call["timestep"], str(call["hidden_states"].device))
-        recording = self.step.recorder is not None
+        if self.step.recorder is not None:
+            sparse = self.step.recorder.begin_call(self.step, len(self.processors))
         for n, processor in enumerate(self.processors):
-            processor.active = recording or sparse[n]
+            processor.active = sparse[n]
             processor.pattern_ids = ids[n]
 
     def check_processors(self) -> None:
