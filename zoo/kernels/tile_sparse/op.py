@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels._dispatch import MAX_OFFSET, MAX_TOKENS, cast_for_autocast, refuse, use_triton
+from zoo.kernels._dispatch import MAX_BATCH, MAX_OFFSET, MAX_TOKENS, cast_for_autocast, refuse, use_triton
 from zoo.kernels.tile_sparse import reference
 from zoo.kernels.tile_sparse.patterns import Layout, Pattern, PatternTable, pattern_table
 
@@ -60,7 +60,7 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(grad, q, k, v, out, lse, pattern_ids, rows, tiles, columns, text_length, sizes, scale, kernels):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+    return tuple(reference.empty_output(x) for x in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output):
@@ -102,12 +102,13 @@ def _(
     return _flops(q, pattern_ids, rows, sizes, 5)
 
 
-def can_run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, raise_error: bool = False) -> bool:
+def can_run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, raise_error: bool = False) -> bool:
     """Whether the Triton kernels take this problem.
 
     Args:
         q, k, v: As given to `tile_sparse_attention`.
         layout: Sequence and tiles.
+        scale: Factor on q . k.
         raise_error: Raise with the reason instead of returning False.
 
     Raises:
@@ -124,6 +125,10 @@ def can_run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, raise_error: bool =
         reasons.append(f"its tiles have sides of {TILES}, got {layout.tile}.")
     if layout.tokens > MAX_TOKENS:
         reasons.append(f"its limit is a sequence of {MAX_TOKENS} tokens, got {layout.tokens}.")
+    if q.shape[0] > MAX_BATCH:
+        reasons.append(f"its limit is a batch of {MAX_BATCH}, got {q.shape[0]}.")
+    if scale <= 0:
+        reasons.append(f"its scale must be positive, got {scale}.")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(2) * x.shape[2] >= MAX_OFFSET:
             reasons.append(f"its limit is a head of {MAX_OFFSET} elements from first to last token, got {name} of "
@@ -214,7 +219,7 @@ def tile_sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
 
     def kernels_run(explain: bool) -> bool:
-        return (explain or TRUST_KERNELS) and can_run(q, k, v, layout, explain)
+        return (explain or TRUST_KERNELS) and can_run(q, k, v, layout, scale, explain)
 
     kernels = use_triton(backend, kernels_run)
     return torch.ops.zoo.tile_sparse_attention(

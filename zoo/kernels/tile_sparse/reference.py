@@ -118,9 +118,9 @@ def tile_sparse_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern_ids: Tensor, table: PatternTable, layout: Layout,
     text_length: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients with respect to q, k and v."""
+    """Gradients with respect to q, k and v, each in its tensor's order of memory."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv = (torch.zeros(q.shape, dtype=dtype, device=q.device) for _ in range(3))
+    dq, dk, dv = (empty_output(x).to(dtype).zero_() for x in (q, k, v))
     for sample, heads, order, (rows, keys, mask) in _parts(q, pattern_ids, table, layout, text_length):
         seen = order[keys]
         key, value = (x[sample, heads, seen].to(dtype) for x in (k, v))  # [h, keys, D]
