@@ -11,13 +11,13 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zoo.heads.sparse_vdit.plan import Grid, SparsePlan
-from zoo.kernels.tile_sparse import Layout, PatternTable, VerticalStripe, pattern_table, tile_sparse_attention
+from zoo.kernels.tile_sparse import Full, Layout, PatternTable, VerticalStripe, pattern_table, tile_sparse_attention
 
 TRAIN_TIMESTEPS = 1000
 ON_MISMATCH = ("dense", "error", "nearest")
@@ -146,6 +146,20 @@ class Step:
             warnings.warn(f"Sparse attention is off, attention runs dense: {reason}.", stacklevel=2)
 
 
+class Prepared(NamedTuple):
+    """What a token grid, a number of text tokens and a device need.
+
+    Attributes:
+        layout: The joint sequence.
+        table: The patterns at this layout.
+        ids: `[bins, layers, M]` int32, rows of the table.
+    """
+
+    layout: Layout
+    table: PatternTable
+    ids: Tensor
+
+
 class RootHook:
     """Forward pre-hook of the root transformer.
 
@@ -153,35 +167,36 @@ class RootHook:
     of the model gets a hook of its own with the copied processors.
 
     Args:
+        model: The transformer.
         plan: The plan.
-        family: The family of the model.
         modules: Planned attentions.
         processors: Their processors, in the same order.
         step: The state that they share.
         on_mismatch: As in `apply_plan`.
     """
 
-    def __init__(self, plan: SparsePlan, family: Family, modules: list, processors: list, step: Step, on_mismatch: str):
-        self.plan, self.family, self.step, self.on_mismatch = plan, family, step, on_mismatch
+    def __init__(
+        self, model: nn.Module, plan: SparsePlan, modules: list, processors: list, step: Step, on_mismatch: str
+    ) -> None:
+        self.plan, self.family, self.step, self.on_mismatch = plan, family_of(model), step, on_mismatch
         self.modules, self.processors = modules, processors
-        self.ids = torch.tensor(plan.assign)
-        full = torch.tensor([p.kind == 0 for p in plan.parsed()])
-        # [bins][layers], whether any head is not full
-        self.sparse = (~full[self.ids]).any(-1).tolist()
-        self.tables: dict[tuple[Grid, int, str], tuple[Layout, PatternTable]] = {}
-        self.device_ids: dict[str, Tensor] = {}
+        self.arguments = tuple(inspect.signature(model.forward).parameters)
+        full = [isinstance(pattern, Full) for pattern in plan.parsed()]
+        # [bins][layers]
+        self.sparse = [[not all(full[i] for i in ids) for ids in by_layer] for by_layer in plan.assign]
+        self.prepared: dict[tuple[Grid, int, str], Prepared | None] = {}
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        call = dict(zip(_argument_names(type(model)), args, strict=False), **kwargs)
+        call = dict(zip(self.arguments, args, strict=False), **kwargs)
         self.check_processors()
         located = self.locate(model, call)
         if located is None:
             for processor in self.processors:
                 processor.active = False
             return
-        self.step.layout, self.step.table = located
+        self.step.layout, self.step.table, ids = located
         self.step.tokens = self.step.layout.tokens
-        ids, sparse = self.patterns(call["timestep"], str(call["hidden_states"].device))
+        ids, sparse = self.patterns(call["timestep"], ids)
         if self.step.recorder is not None:
             sparse = self.step.recorder.begin_call(self.step, len(self.processors))
         for n, processor in enumerate(self.processors):
@@ -200,7 +215,7 @@ class RootHook:
                     "the model, then apply the plan again."
                 )
 
-    def locate(self, model: nn.Module, call: Mapping[str, Any]) -> tuple[Layout, PatternTable] | None:
+    def locate(self, model: nn.Module, call: Mapping[str, Any]) -> Prepared | None:
         """Layout and patterns of a call, or None where it must run dense."""
         grid = self.family.grid(model.config, call)
         if grid is None:
@@ -209,20 +224,24 @@ class RootHook:
         text = 0 if self.family.text_position == "none" else call["encoder_hidden_states"].shape[1]
         return self.prepare(tuple(grid), text, str(call["hidden_states"].device))
 
-    def prepare(self, grid: Grid, text: int, device: str) -> tuple[Layout, PatternTable] | None:
+    def prepare(self, grid: Grid, text: int, device: str) -> Prepared | None:
         """Look up, or build, the tables of a grid; None where the plan does not fit it."""
         key = (grid, text, device)
-        if key not in self.tables:
+        if key not in self.prepared:
             self.build(key)
-        return self.tables[key]
+        return self.prepared[key]
 
     # Building reads tensors on the host.
     @torch.compiler.disable
     def build(self, key: tuple[Grid, int, str]) -> None:
         grid, text, device = key
         patterns = self.fitting(grid)
+        if patterns is None:
+            self.prepared[key] = None
+            return
         layout = self.plan.layout(grid, text)
-        self.tables[key] = None if patterns is None else (layout, pattern_table(patterns, layout, device))
+        ids = torch.tensor(self.plan.assign, dtype=torch.int32, device=device)
+        self.prepared[key] = Prepared(layout, pattern_table(patterns, layout, device), ids)
 
     def fitting(self, grid: Grid) -> tuple | None:
         """The patterns for a grid, or None where they do not fit. Stripes of blocks are bound to the searched grid."""
@@ -240,37 +259,25 @@ class RootHook:
             return None
         return tuple(_rescale_blocks(p, math.prod(calibrated), math.prod(grid)) for p in patterns)
 
-    def patterns(self, timestep: Any, device: str) -> tuple[Tensor, list[bool]]:
-        """Pattern of each head, `[layers, M]`, and whether each layer is sparse at all."""
-        if device not in self.device_ids:
-            self.device_ids[device] = self.ids.to(device, torch.int32)
-        table = self.device_ids[device]
+    def patterns(self, timestep: Any, ids: Tensor) -> tuple[Tensor, list[bool]]:
+        """Pattern of each head, `[layers, M]`, from those of all bins; and whether each layer is sparse at all."""
         if self.plan.num_bins == 1 and self.step.recorder is None:
-            return table[0], self.sparse[0]
+            return ids[0], self.sparse[0]
         sigma = noise_level(timestep, self.family.rising_time)
         if torch.compiler.is_compiling():
             # The level stays on the device: reading it would break the graph. A layer is dense only if it always is.
-            inner = torch.tensor(self.plan.bins[1:-1], dtype=torch.float64, device=sigma.device)
-            b = (sigma >= inner).sum()
-            return table.index_select(0, b.reshape(1).to(table.device))[0], [
-                any(s) for s in zip(*self.sparse, strict=True)
-            ]
+            edges = torch.tensor(self.plan.bins[1:-1], dtype=torch.float64, device=sigma.device)
+            b = (sigma >= edges).sum().reshape(1).to(ids.device)
+            return ids.index_select(0, b)[0], [any(bins) for bins in zip(*self.sparse, strict=True)]
         self.step.sigma = float(sigma)
         b = self.plan.bin_of(self.step.sigma)
-        return table[b], self.sparse[b]
+        return ids[b], self.sparse[b]
 
 
 def noise_level(timestep: Any, rising_time: bool) -> Tensor:
     """Noise level of a call, float64 in [0, 1]: the highest of its samples (and, in Wan 2.2 and LTX, its tokens)."""
     level = torch.as_tensor(timestep).double() / TRAIN_TIMESTEPS
     return (1 - level if rising_time else level).max().clamp(0, 1)
-
-
-def _argument_names(cls: type) -> tuple[str, ...]:
-    return _ARGUMENTS.setdefault(cls, tuple(inspect.signature(cls.forward).parameters)[1:])
-
-
-_ARGUMENTS: dict[type, tuple[str, ...]] = {}
 
 
 def _rescale_blocks(pattern, old: int, new: int):

@@ -123,7 +123,7 @@ def apply_plan(
     model = transformer_of(pipe, component)
     family = family_of(model)
     _check_model(model, family, plan)
-    return _install(model, family, plan, Step(backend), on_mismatch)
+    return _install(model, plan, Step(backend), on_mismatch)
 
 
 @contextlib.contextmanager
@@ -194,12 +194,12 @@ def _check_model(model: nn.Module, family: Family, plan: SparsePlan) -> None:
         )
 
 
-def _install(model: nn.Module, family: Family, plan: SparsePlan, step: Step, on_mismatch: str = "dense") -> PlanHandle:
+def _install(model: nn.Module, plan: SparsePlan, step: Step, on_mismatch: str = "dense") -> PlanHandle:
     """Put processors and hook in place."""
     from zoo.heads.sparse_vdit import processors
 
     processors.register_with_skip_guiders()
-    cls = getattr(processors, family.processor)
+    cls = getattr(processors, family_of(model).processor)
     modules = [model.get_submodule(name) for name in plan.layers]
     for name, module in zip(plan.layers, modules, strict=True):
         _check_processor(name, module.processor, cls)
@@ -207,7 +207,7 @@ def _install(model: nn.Module, family: Family, plan: SparsePlan, step: Step, on_
     for module, processor in zip(modules, ours, strict=True):
         for name in ("_attention_backend", "_parallel_config"):
             setattr(processor, name, getattr(module.processor, name, None))
-    handle = PlanHandle(plan, model, RootHook(plan, family, modules, ours, step, on_mismatch))
+    handle = PlanHandle(plan, model, RootHook(model, plan, modules, ours, step, on_mismatch))
     if plan.calibrated.get("grid") and on_mismatch != "error":
         handle.prepare(*plan._where(None, None))
     return handle

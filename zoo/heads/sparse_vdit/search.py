@@ -261,7 +261,7 @@ def _run(pipe: Any, model: nn.Module, first: SparsePlan, calls: list, recorder: 
     step = Step(recorder.backend)
     step.recorder = recorder
     losses = recorder.losses
-    with _install(model, family_of(model), first, step), torch.no_grad():
+    with _install(model, first, step), torch.no_grad():
         for make in calls[len(losses.runs) :]:
             losses.runs.append({})
             pipe(**make())
