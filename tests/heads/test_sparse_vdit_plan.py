@@ -147,7 +147,7 @@ def test_hub(server) -> None:
     assert SparsePlan.from_pretrained("org/plan") == plan
     plan.push_to_hub("org/other", token="hf_test", revision="v2")
     assert SparsePlan.from_pretrained("org/other@v2") == plan == SparsePlan.from_pretrained("org/other", revision="v2")
-    assert list(server.repos["org/plan"].branches["main"]) == ["plan.json"]
+    assert json.loads(server.repos["org/plan"].branches["main"]["plan.json"]) == document()
 
 
 def test_hub_errors_are_one_line(server) -> None:

@@ -110,6 +110,10 @@ def search(
         raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
     if not prompts or isinstance(prompts, (str, Mapping)):
         raise ValueError("prompts must be a list of at least one prompt (or mapping of arguments).")
+    if isinstance(pipe, nn.Module) and any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(
+            "A bare transformer takes mappings of its arguments; give the pipeline to search with prompts."
+        )
     if bins != "steps" and (not isinstance(bins, int) or bins < 1):
         raise ValueError(f"bins must be a positive number or 'steps', got {bins!r}.")
     if not 0 <= dense_steps < 1:
