@@ -349,6 +349,24 @@ def test_compiled_model_follows_the_noise_level(name) -> None:
     assert frames == [2] * 4
 
 
+def test_plans_come_and_go_on_a_compiled_model() -> None:
+    tiny = build("wan")
+    dense = tiny()
+    with sparse_vdit.use(tiny.model, tiny.plan()):
+        sparse = tiny()
+    torch._dynamo.reset()
+    compiled = torch.compile(tiny.model, backend="eager")
+
+    def run():
+        with torch.no_grad():
+            return compiled(**tiny.inputs, return_dict=False)[0]
+
+    torch.testing.assert_close(run(), dense)
+    with sparse_vdit.use(compiled, tiny.plan()):
+        torch.testing.assert_close(run(), sparse)
+    torch.testing.assert_close(run(), dense)
+
+
 @pytest.mark.parametrize("name", ["wan", "ltx", "hunyuan", "cogvideox1.5", "mochi"])
 def test_first_block_cache(name) -> None:
     tiny = build(name)

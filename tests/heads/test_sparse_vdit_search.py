@@ -229,6 +229,12 @@ def test_search_says_what_is_wrong() -> None:
         sparse_vdit.search(pipe, "a cat")
     with pytest.raises(ValueError, match="bare transformer takes mappings"):
         search(pipe.transformer)
+    pipe.transformer.blocks[0].compile(backend="eager")
+    with pytest.raises(ValueError, match="Search first, then compile"):
+        search(pipe)
+    pipe.transformer = torch.compile(Pipeline().transformer, backend="eager")
+    with pytest.raises(ValueError, match="Search first, then compile"):
+        search(pipe)
     with pytest.raises(NotImplementedError, match="got Linear"):
         search(torch.nn.Linear(1, 1), [{}])
 

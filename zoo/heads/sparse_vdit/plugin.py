@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from zoo.heads.sparse_vdit.context import FAMILIES, ON_MISMATCH, Family, RootHook, Step, family_of
@@ -207,10 +208,10 @@ def _install(model: nn.Module, plan: SparsePlan, step: Step, on_mismatch: str = 
     for module, processor in zip(modules, ours, strict=True):
         for name in ("_attention_backend", "_parallel_config"):
             setattr(processor, name, getattr(module.processor, name, None))
-    handle = PlanHandle(plan, model, RootHook(model, plan, modules, ours, step, on_mismatch))
-    if plan.calibrated.get("grid") and on_mismatch != "error":
-        handle.prepare(*plan._where(None, None))
-    return handle
+    hook = RootHook(model, plan, modules, ours, step, on_mismatch)
+    if plan.calibrated.get("grid"):
+        hook.prepare(*plan._where(None, None), str(_device(model)))
+    return PlanHandle(plan, model, hook)
 
 
 def _check_processor(name: str, current: Any, ours: type) -> None:
@@ -229,8 +230,10 @@ def _set_processor(module: nn.Module, processor: Any) -> None:
     module.processor = processor
 
 
-def _device(model: nn.Module):
-    return next(model.parameters()).device
+def _device(model: nn.Module) -> torch.device:
+    device = next(model.parameters()).device
+    # Weights that wait elsewhere (sequential offloading) are on no device that could hold tables.
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 __all__ = ["FAMILIES", "PlanHandle", "PlanHandles", "apply_plan", "describe_model", "transformer_of", "use"]

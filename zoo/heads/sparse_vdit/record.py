@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -273,21 +273,24 @@ def measure_costs(
 
     def seconds(number: int) -> float:
         ids = torch.full((heads,), number, dtype=torch.int32, device=device)
-        times = []
-        # The first run compiles.
-        for _ in range(repeats + 1):
-            _synchronize(q)
-            start = time.perf_counter()
-            tile_sparse_attention(q, k, v, ids, patterns, layout, backend=backend)
-            _synchronize(q)
-            times.append(time.perf_counter() - start)
-        return sorted(times[1:])[repeats // 2]
+        return median_seconds(
+            lambda: tile_sparse_attention(q, k, v, ids, patterns, layout, backend=backend), q, repeats
+        )  # fmt: skip
 
     with torch.no_grad():
         full = seconds(0)
         return [seconds(n + 1) / full for n in range(len(candidates))]
 
 
-def _synchronize(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
+def median_seconds(run: Callable[[], Any], like: Tensor, repeats: int) -> float:
+    """Median wall time of some runs on the device of a tensor, after one that compiles."""
+    times = []
+    for _ in range(repeats + 1):
+        if like.is_cuda:
+            torch.cuda.synchronize(like.device)
+        start = time.perf_counter()
+        run()
+        if like.is_cuda:
+            torch.cuda.synchronize(like.device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeats // 2]

@@ -124,6 +124,8 @@ def search(
     if method == "budget" and not 0 < target <= 1:
         raise ValueError(f"The target {'density' if time is None else 'time'} must lie in (0, 1], got {target}.")
     model = transformer_of(pipe, component)
+    if any(module._compiled_call_impl is not None for module in model.modules()) or _is_wrapped(pipe, component):
+        raise ValueError("The transformer is compiled. Search first, then compile: measuring breaks its graphs.")
     family, described = family_of(model), describe_model(model)
     parsed = [pattern_from_dict(c) for c in candidates]
     call = dict(call_kwargs or {})
@@ -167,6 +169,10 @@ def search(
     return _plan_of(
         first, losses, parsed, groups_of, call, _Rule(paper, target, time is not None, costs, backend, model)
     )
+
+
+def _is_wrapped(pipe: Any, component: str) -> bool:
+    return hasattr(pipe if isinstance(pipe, nn.Module) else getattr(pipe, component), "_orig_mod")
 
 
 class _Rule:
@@ -224,6 +230,7 @@ def _plan_of(
         "prompts": len(losses.runs),
         "prompts_sha256": losses.settings["prompts"],
         "measured_steps": len(measured),
+        "bin_steps": [len(group) for group in [*([dense] if dense else []), *groups]][::-1],
         "dense_steps": len(dense),
         "dense_layers": dense_layers,
         "sparsity": [round(float(s), 6) for s in sparsity],

@@ -338,7 +338,7 @@ class PatternTable(NamedTuple):
         rows: int32 [P, 6]: kind; window in tokens (V where there is none); first entry in `tiles` and number of
             entries; row in `columns` (stripes); active tiles.
         tiles: int32 [L]: key tiles of all stripes, one list after the other.
-        columns: uint8 [stripes, V]: keys of the stripes.
+        columns: int32 [stripes, V]: 1 for the keys of a stripe, frame-major.
     """
 
     rows: Tensor
@@ -375,5 +375,5 @@ def _pattern_table(patterns: tuple[Pattern, ...], layout: Layout, device: torch.
     tiles = torch.cat(lists) if lists else torch.zeros(0)
     # Kernels are given the address of a first entry even where none is read.
     tiles = torch.cat([tiles, torch.zeros(1)]).to(device, torch.int32)
-    columns = torch.stack(columns or [torch.zeros(layout.video)]).to(device, torch.uint8)
+    columns = torch.stack(columns or [torch.zeros(layout.video)]).to(device, torch.int32)
     return PatternTable(torch.tensor(rows, dtype=torch.int32).to(device), tiles, columns)

@@ -92,11 +92,15 @@ def _reach(start, width, last, OWN: tl.constexpr, OTHER: tl.constexpr):
 
 
 @triton.jit
-def _key_walk(start, of_text, kind, width, first, count, tiles_ptr, video, TILE_M: tl.constexpr, TILE_N: tl.constexpr):
-    """Key tiles of a tile of queries: range of the walk, whether through the list, and whether a short tile ends it.
+def _key_walk(
+    start, of_text, kind, width, first, count, tiles_ptr, video, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Key tiles of a tile of queries: range of the walk in steps of BLOCK_N, whether through the list, masked steps.
 
-    The short tile is left out of the range.
+    The latter cover the tile that ends with the video short of its size, which is left out of the range.
     """
+    STEPS: tl.constexpr = TILE_N // BLOCK_N
     listed = (kind == _STRIPE) & (of_text == 0)
     low, end = _reach(start, width, video - 1, TILE_M, TILE_N)
     low = tl.where(listed, first, low)
@@ -105,14 +109,23 @@ def _key_walk(start, of_text, kind, width, first, count, tiles_ptr, video, TILE_
     filled = end > low
     final = tl.load(tiles_ptr + end - 1, mask=listed & filled, other=0)
     short = filled & (tl.where(listed, final, end - 1) >= video // TILE_N)
-    return low, end - short.to(tl.int32), listed, short
+    masked = tl.where(short, tl.cdiv(video % TILE_N, BLOCK_N), 0)
+    return low * STEPS, (end - short.to(tl.int32)) * STEPS, listed, masked
 
 
 @triton.jit
-def _key_tile(i, listed, tiles_ptr, TILE_N: tl.constexpr):
-    """Positions of the i-th key tile of a walk."""
-    tile = tl.load(tiles_ptr + i, mask=listed, other=0)
-    return tl.where(listed, tile, i) * TILE_N + tl.arange(0, TILE_N)
+def _keys(i, listed, tiles_ptr, TILE_N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Positions of the keys of step i of a walk."""
+    STEPS: tl.constexpr = TILE_N // BLOCK_N
+    tile = tl.load(tiles_ptr + i // STEPS, mask=listed, other=0)
+    return tl.where(listed, tile * STEPS + i % STEPS, i) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def _last_keys(i, masked, video, length, TILE_N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Positions of the keys of step i of the masked walk, and whether they are valid: video below 0, then text."""
+    n = i * BLOCK_N + tl.where(i < 0, video // TILE_N * TILE_N + masked * BLOCK_N, 0) + tl.arange(0, BLOCK_N)
+    return n, n < tl.where(i < 0, video, length)
 
 
 @triton.jit
@@ -125,7 +138,7 @@ def _pairs(q_position, k_position, width, columns_ptr, limit):
 @triton.jit
 def _softmax_step(q, k, v, keep, top, norm, acc, qk_scale, MASKED: tl.constexpr):
     """Take a tile of keys into the running maximum, denominator and weighted sum."""
-    s = tl.dot(q, tl.trans(k), input_precision="tf32x3")  # [BLOCK_M, TILE_N]
+    s = tl.dot(q, tl.trans(k), input_precision="tf32x3")  # [BLOCK_M, BLOCK_N]
     if MASKED:
         s = tl.where(keep, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1) * qk_scale)
@@ -146,7 +159,7 @@ def _tile_sparse_forward_kernel(
     q_stride_b, q_stride_m, q_stride_s, k_stride_b, k_stride_m, k_stride_s, v_stride_b, v_stride_m, v_stride_s,
     out_stride_b, out_stride_m, out_stride_s, heads, frames, frame, text, video_start, text_start, inverse, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EXACT: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale * q k^T) v over the keys of a pattern, and lse = log2 of the softmax denominator.
 
@@ -172,30 +185,29 @@ def _tile_sparse_forward_kernel(
     place = _places(position, of_text, token_major, frames, inverse, frame, video_start, text_start)
     q = _load(q_ptr + b * q_stride_b + m * q_stride_m, place * q_stride_s, inside, D, BLOCK_D, True)
 
-    low, end, listed, short = _key_walk(
-        start, of_text, kind, width, first, count, tiles_ptr, video, TILE_M, TILE_N
+    low, end, listed, masked = _key_walk(
+        start, of_text, kind, width, first, count, tiles_ptr, video, TILE_M, TILE_N, BLOCK_N
     )  # fmt: skip
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in tl.range(low, end):
-        n = _key_tile(i, listed, tiles_ptr, TILE_N)
+        n = _keys(i, listed, tiles_ptr, TILE_N, BLOCK_N)
         at = _places(n, False, token_major, frames, inverse, frame, video_start, text_start)
         k = _load(k_ptr, at * k_stride_s, n >= 0, D, BLOCK_D, False)
         v = _load(v_ptr, at * v_stride_s, n >= 0, D, BLOCK_D, False)
         keep = _pairs(position, n, width, columns_ptr, tl.where(listed, video, 0)) if EXACT else True
         top, norm, acc = _softmax_step(q, k, v, keep, top, norm, acc, scale * LOG2E, EXACT)
     # The short tile at the end of the video, then the text.
-    for i in tl.range(tl.where(short, 0, 1), tl.where(kind == _SKIP, 0, 1 + tl.cdiv(length, TILE_N))):
-        n = tl.where(i == 0, video // TILE_N, i - 1) * TILE_N + tl.arange(0, TILE_N)
-        valid = n < tl.where(i == 0, video, length)
-        at = _places(n, i > 0, token_major, frames, inverse, frame, video_start, text_start)
+    for i in tl.range(-masked, tl.where(kind == _SKIP, 0, tl.cdiv(length, BLOCK_N))):
+        n, valid = _last_keys(i, masked, video, length, TILE_N, BLOCK_N)
+        at = _places(n, i >= 0, token_major, frames, inverse, frame, video_start, text_start)
         k = _load(k_ptr, at * k_stride_s, valid, D, BLOCK_D, True)
         v = _load(v_ptr, at * v_stride_s, valid, D, BLOCK_D, True)
         keep = valid[None, :]
         if EXACT:
-            limit = tl.where(listed & (i == 0), video, 0)
-            keep = keep & _pairs(position, n, tl.where(i == 0, width, ALL), columns_ptr, limit)
+            limit = tl.where(listed & (i < 0), video, 0)
+            keep = keep & _pairs(position, n, tl.where(i < 0, width, ALL), columns_ptr, limit)
         top, norm, acc = _softmax_step(q, k, v, keep, top, norm, acc, scale * LOG2E, True)
 
     found = norm > 0
@@ -226,7 +238,7 @@ def _tile_sparse_dq_kernel(
     out_stride_b, out_stride_m, out_stride_s, grad_stride_b, grad_stride_m, grad_stride_s,
     dq_stride_b, dq_stride_m, dq_stride_s, heads, frames, frame, text, video_start, text_start, inverse, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EXACT: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * ds k with ds = p (do v^T - delta), delta = rowsum(do out), p = exp2(logits - lse).
 
@@ -256,27 +268,26 @@ def _tile_sparse_dq_kernel(
     tl.store(delta_ptr + stat, delta, mask=inside)
     lse = tl.load(lse_ptr + stat, mask=inside, other=float("inf"))
 
-    low, end, listed, short = _key_walk(
-        start, of_text, kind, width, first, count, tiles_ptr, video, TILE_M, TILE_N
+    low, end, listed, masked = _key_walk(
+        start, of_text, kind, width, first, count, tiles_ptr, video, TILE_M, TILE_N, BLOCK_N
     )  # fmt: skip
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in tl.range(low, end):
-        n = _key_tile(i, listed, tiles_ptr, TILE_N)
+        n = _keys(i, listed, tiles_ptr, TILE_N, BLOCK_N)
         at = _places(n, False, token_major, frames, inverse, frame, video_start, text_start)
         k = _load(k_ptr, at * k_stride_s, n >= 0, D, BLOCK_D, False)
         v = _load(v_ptr, at * v_stride_s, n >= 0, D, BLOCK_D, False)
         keep = _pairs(position, n, width, columns_ptr, tl.where(listed, video, 0)) if EXACT else True
         dq = _dq_step(q, k, v, do, lse, delta, keep, dq, scale * LOG2E, EXACT)
-    for i in tl.range(tl.where(short, 0, 1), tl.where(kind == _SKIP, 0, 1 + tl.cdiv(length, TILE_N))):
-        n = tl.where(i == 0, video // TILE_N, i - 1) * TILE_N + tl.arange(0, TILE_N)
-        valid = n < tl.where(i == 0, video, length)
-        at = _places(n, i > 0, token_major, frames, inverse, frame, video_start, text_start)
+    for i in tl.range(-masked, tl.where(kind == _SKIP, 0, tl.cdiv(length, BLOCK_N))):
+        n, valid = _last_keys(i, masked, video, length, TILE_N, BLOCK_N)
+        at = _places(n, i >= 0, token_major, frames, inverse, frame, video_start, text_start)
         k = _load(k_ptr, at * k_stride_s, valid, D, BLOCK_D, True)
         v = _load(v_ptr, at * v_stride_s, valid, D, BLOCK_D, True)
         keep = valid[None, :]
         if EXACT:
-            limit = tl.where(listed & (i == 0), video, 0)
-            keep = keep & _pairs(position, n, tl.where(i == 0, width, ALL), columns_ptr, limit)
+            limit = tl.where(listed & (i < 0), video, 0)
+            keep = keep & _pairs(position, n, tl.where(i < 0, width, ALL), columns_ptr, limit)
         dq = _dq_step(q, k, v, do, lse, delta, keep, dq, scale * LOG2E, True)
     _store(dq_ptr + b * dq_stride_b + m * dq_stride_m, dq * scale, place * dq_stride_s, inside, D, BLOCK_D)
 
@@ -346,9 +357,9 @@ def _tile_sparse_dkv_kernel(
     listed = (kind == _STRIPE) & (of_text == 0)
     tile = start // TILE_N * TILE_N + tl.arange(0, TILE_N)
     limit = tl.where(listed, video, 0)
-    seen = tl.max(tl.load(columns_ptr + tile, mask=tile < limit, other=0).to(tl.int32), 0)
+    seen = tl.max(tl.load(columns_ptr + tile, mask=tile < limit, other=0), 0)
     seen = tl.where(listed, seen, 1)
-    column = tl.load(columns_ptr + position, mask=position < limit, other=1).to(tl.int32)
+    column = tl.load(columns_ptr + position, mask=position < limit, other=1)
     low, end, short = _query_walk(start, of_text, kind, width, seen, video, TILE_M, TILE_N, BLOCK_M)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -395,16 +406,21 @@ class Plan(NamedTuple):
 def _config(kernel: str, tile: tuple[int, int], block_d: int, dtype: torch.dtype) -> dict:
     """Blocks, warps and stages of a kernel: such that registers do not spill."""
     wide, full = block_d > 64, dtype == torch.float32
-    block_m, block_n = tile
-    if kernel == "forward":
-        block_m = min(block_m, 64) if full else block_m
-    elif full or wide:
-        block_m = min(block_m, 32 if full and wide else 64)
-        block_n = min(block_n, 32) if full else min(block_n, 64)
-    config = dict(TILE_M=tile[0], TILE_N=tile[1], BLOCK_M=block_m)
-    if kernel == "dkv":
-        config["BLOCK_N"] = block_n
-    return dict(config, num_warps=8 if block_m >= 128 or (wide and block_m >= 64) else 4, num_stages=2)
+    # Queries and keys of a step, by kernel and whether in float32.
+    limits = {
+        ("forward", False): (128, 128) if not wide else (128, 64),
+        ("forward", True): (64, 32) if not wide else (32, 32),
+        ("dq", False): (128, 64) if not wide else (64, 64),
+        ("dq", True): (32, 32),
+        ("dkv", False): (64, 64),
+        ("dkv", True): (32, 32),
+    }[kernel, full]
+    block_m, block_n = min(tile[0], limits[0]), min(tile[1], limits[1])
+    warps = 8 if block_m >= 128 or (wide and (full or block_m >= 64)) else 4
+    stages = 1 if full and wide and kernel != "forward" else 2
+    return dict(
+        TILE_M=tile[0], TILE_N=tile[1], BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
