@@ -278,28 +278,3 @@ def test_progress_bar_gives_the_pipelines_own_back(capsys) -> None:
     assert pipe.bar == {"desc": "mine"}
     out, err = capsys.readouterr()
     assert out == ""
-
-
-def test_stock_pipeline() -> None:
-    """A pipeline of diffusers, with text embeddings in place of a text encoder."""
-    pytest.importorskip("transformers")
-    tiny = build("wan")
-    pipe = diffusers.WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=tiny.model,
-    )  # fmt: skip
-    embeds = dict(prompt_embeds=torch.randn(1, TEXT, 16), negative_prompt_embeds=torch.randn(1, TEXT, 16))
-    size = dict(height=64, width=80, num_frames=9, num_inference_steps=5)
-    plan = search(pipe, [embeds], call_kwargs={**size, "guidance_scale": 4.0}, bins=2, grid=GRID)
-    assert plan.calibrated["guidance"] == 4.0
-    pipe.set_progress_bar_config(disable=True)
-
-    def video():
-        generator = torch.Generator().manual_seed(0)
-        return pipe(**embeds, **size, generator=generator, output_type="latent").frames
-
-    dense = video()
-    with sparse_vdit.use(pipe, plan):
-        sparse = video()
-    assert sparse.shape == dense.shape and not torch.allclose(sparse, dense)
-    assert torch.equal(video(), dense)
