@@ -218,7 +218,9 @@ def test_search_says_what_is_wrong() -> None:
         (dict(prompts=[]), "at least one prompt"),
         (dict(bins=0), "bins must be a positive number"),
         (dict(dense_steps=1.0), "dense_steps must be a share"),
-        (dict(density=0), "target density must lie in"),
+        (dict(density=0), "target density or time must lie in"),
+        (dict(dense_layers=2), "dense_layers must be less than the 2 layers"),
+        (dict(candidates=[]), "candidates must be 1 to 255 patterns"),
         (dict(costs=[1.0]), "costs go with a target time"),
         (dict(candidates=[{"pattern": "spiral"}]), "pattern must be one of"),
         (dict(grid=(9, 9, 9)), r"token grid \(3, 4, 5\), expected \(9, 9, 9\)"),
@@ -237,6 +239,17 @@ def test_search_says_what_is_wrong() -> None:
         search(pipe)
     with pytest.raises(NotImplementedError, match="got Linear"):
         search(torch.nn.Linear(1, 1), [{}])
+
+
+def test_sizes_must_agree_and_stop_the_search_at_once() -> None:
+    tiny, ran = build("wan"), []
+    tiny.model.register_forward_hook(lambda *args: ran.append(1))
+    other = torch.randn(2, 4, 3, 8, 12)
+    calls = [dict(tiny.inputs, timestep=torch.tensor([900, 900])), dict(tiny.inputs, hidden_states=other)]
+    with pytest.raises(ValueError, match=r"token grid \(3, 4, 6\), expected \(3, 4, 5\)"):
+        search(tiny.model, calls)
+    assert len(ran) == 1
+    assert not tiny.model._forward_pre_hooks
 
 
 def test_unknown_grids_cannot_be_searched() -> None:

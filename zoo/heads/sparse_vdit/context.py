@@ -95,13 +95,18 @@ FAMILIES = {
 }
 
 
+def class_name(model: nn.Module) -> str:
+    """Name of a transformer's class; `fully_shard` puts a prefix before it."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
 def family_of(model: nn.Module) -> Family:
     """The family of a transformer.
 
     Raises:
         NotImplementedError: A class that is not supported; subclasses have other tokens and are not either.
     """
-    name = type(model).__name__
+    name = class_name(model)
     if name not in FAMILIES:
         raise NotImplementedError(f"Sparse plans fit {', '.join(FAMILIES)}; got {name}.")
     return FAMILIES[name]
@@ -266,7 +271,7 @@ class RootHook:
         sigma = noise_level(timestep, self.family.rising_time)
         if torch.compiler.is_compiling():
             # The level stays on the device: reading it would break the graph. A layer is dense only if it always is.
-            edges = torch.tensor(self.plan.bins[1:-1], dtype=torch.float64, device=sigma.device)
+            edges = torch.tensor(self.plan.bins[1:-1], dtype=sigma.dtype, device=sigma.device)
             b = (sigma >= edges).sum().reshape(1).to(ids.device)
             return ids.index_select(0, b)[0], [any(bins) for bins in zip(*self.sparse, strict=True)]
         self.step.sigma = float(sigma)
@@ -275,8 +280,10 @@ class RootHook:
 
 
 def noise_level(timestep: Any, rising_time: bool) -> Tensor:
-    """Noise level of a call, float64 in [0, 1]: the highest of its samples (and, in Wan 2.2 and LTX, its tokens)."""
-    level = torch.as_tensor(timestep).double() / TRAIN_TIMESTEPS
+    """Noise level of a call in [0, 1]: the highest of its samples (and, in Wan 2.2 and LTX, its tokens)."""
+    timestep = torch.as_tensor(timestep)
+    # Apple's GPUs have no float64.
+    level = timestep.to(torch.float32 if timestep.device.type == "mps" else torch.float64) / TRAIN_TIMESTEPS
     return (1 - level if rising_time else level).max().clamp(0, 1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.heads.sparse_vdit.context import FAMILIES, ON_MISMATCH, Family, RootHook, Step, family_of
+from zoo.heads.sparse_vdit.context import FAMILIES, ON_MISMATCH, Family, RootHook, Step, class_name, family_of
 from zoo.heads.sparse_vdit.plan import Grid, SparsePlan
 from zoo.kernels._dispatch import BACKENDS
 
@@ -159,7 +159,7 @@ def describe_model(pipe: Any, component: str = "transformer") -> dict[str, Any]:
     family = family_of(model)
     layers = layer_names(model, family)
     return {
-        "class": type(model).__name__,
+        "class": class_name(model),
         "layers": layers,
         "heads": model.get_submodule(layers[0]).heads,
         "head_dim": _head_dim(model.get_submodule(layers[0])),

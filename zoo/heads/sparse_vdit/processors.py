@@ -204,7 +204,7 @@ class SparseMochiProcessor(SparseProcessor, MochiAttnProcessor2_0):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         # The stock processor gathers the valid text tokens in front and leaves them there.
         valid = attention_mask.flatten(1).bool()
-        order = torch.sort(valid, dim=1, descending=True, stable=True).indices
+        order = torch.sort(valid.to(torch.uint8), dim=1, descending=True, stable=True).indices
         # [B, T] -> [B, T, C]
         encoder_hidden_states = encoder_hidden_states.gather(
             1, order[..., None].expand(-1, -1, encoder_hidden_states.shape[2])

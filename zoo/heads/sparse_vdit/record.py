@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
@@ -77,7 +78,7 @@ def head_errors(
     dense = attend(0)
     mse = []
     chosen, least = (dense.clone(), torch.full_like(ids, torch.inf, dtype=torch.float64)) if rule else (dense, None)
-    sparsity = torch.tensor([1 - density(p, layout) for p in candidates], device=q.device)
+    sparsity = torch.tensor(_sparsity(patterns[1:], layout), device=q.device)
     for c in range(len(candidates)):
         out = attend(c + 1)
         mse.append(_mean_square(out, dense))
@@ -91,6 +92,11 @@ def head_errors(
         keep = least > rule.eps
         chosen[:, keep] = dense[:, keep]
     return HeadErrors(torch.stack(mse, dim=-1), _mean_square(dense)), chosen
+
+
+@functools.lru_cache(maxsize=16)
+def _sparsity(patterns: tuple[Pattern, ...], layout: Layout) -> list[float]:
+    return [1 - density(p, layout) for p in patterns]
 
 
 def _mean_square(x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -202,6 +208,7 @@ class Recorder:
         dense_layers: Number of first layers that stay dense.
         paper: `(lambda, epsilon)` of the paper's algorithm, None for the budget's.
         on_step: Called with (run, step, steps) as a step begins.
+        grid: The token grid that is expected; None takes that of the first call.
         backend: Of the op.
     """
 
@@ -214,24 +221,39 @@ class Recorder:
         dense_layers: int,
         paper: tuple[float, float] | None,
         on_step: Callable[[int, int, int], None],
+        grid: tuple[int, int, int] | None = None,
         backend: str = "auto",
     ) -> None:
         self.losses, self.candidates, self.backend = losses, tuple(candidates), backend
         self.find_schedule, self.plan_steps, self.on_step = find_schedule, plan_steps, on_step
-        self.dense_layers, self.paper = dense_layers, paper
+        self.dense_layers, self.paper, self.grid = dense_layers, paper, grid
         self.number = 0
 
     def begin_call(self, step, layers: int) -> list[bool]:
-        """Take note of a forward pass; returns which layers are to be measured."""
+        """Take note of a forward pass; returns which layers are to be measured.
+
+        Raises:
+            ValueError: The call has another token grid than is expected, or than earlier calls.
+        """
+        self.check_grid(step.layout)
         if not self.losses.schedule:
             self.losses.schedule = self.find_schedule()
         schedule = self.losses.schedule
         # The nearest step: a model may be given its time in bfloat16.
         self.number = min(range(len(schedule)), key=lambda i: abs(schedule[i] - step.sigma))
-        self.losses.calibrated = {"grid": list(step.layout.grid), "text_length": step.layout.text}
         self.on_step(len(self.losses.runs) - 1, self.number, len(schedule))
         measured = self.number in self.plan_steps(schedule)
         return [measured and n >= self.dense_layers for n in range(layers)]
+
+    def check_grid(self, layout: Layout) -> None:
+        found = self.losses.calibrated
+        expected = self.grid or found.get("grid") or layout.grid
+        if tuple(expected) != layout.grid:
+            raise ValueError(
+                f"A call has the token grid {layout.grid}, expected {tuple(expected)}: all prompts need this size."
+            )
+        text = max(found.get("text_length", 0), layout.text)
+        self.losses.calibrated = {"grid": list(layout.grid), "text_length": text}
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step, text_length: Tensor | None) -> Tensor:
         """Measure the candidates; returns the output to go on with."""

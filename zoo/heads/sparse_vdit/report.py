@@ -238,6 +238,10 @@ class PlanReport:
         if self.model_speedup is not None:
             share = f"attention being {self.attention_share:.0%} of it"
             lines.append(f"predicted: transformer {self.model_speedup:.2f}x as fast, {share}")
+        error = self.plan.search.get("error")
+        if isinstance(error, dict) and error.get("mean") is not None:
+            spread = f", {error['spread']:.2g} apart over prompts" if error.get("spread") is not None else ""
+            lines.append(f"relative squared error of the searched heads in the search: {error['mean']:.3g}{spread}")
         if self.measured is None:
             lines.append("measured: not yet")
         else:

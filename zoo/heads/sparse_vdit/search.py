@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zoo.heads.sparse_vdit.context import Step, family_of, noise_level
 from zoo.heads.sparse_vdit.decide import decide_budget, decide_paper
-from zoo.heads.sparse_vdit.plan import FULL, Grid, SparsePlan, uniform_plan
+from zoo.heads.sparse_vdit.plan import FULL, MAX_PATTERNS, Grid, SparsePlan, uniform_plan
 from zoo.heads.sparse_vdit.plugin import _install, describe_model, transformer_of
 from zoo.heads.sparse_vdit.record import Losses, Recorder, measure_costs
 from zoo.kernels.tile_sparse import Pattern, density, pattern_from_dict
@@ -106,27 +106,17 @@ def search(
         ValueError: Bad arguments, a budget that no assignment meets, or a state file of another search.
         RuntimeError: The runs never reached the sparse part of the schedule, or had an unknown token grid.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
-    if not prompts or isinstance(prompts, (str, Mapping)):
-        raise ValueError("prompts must be a list of at least one prompt (or mapping of arguments).")
-    if isinstance(pipe, nn.Module) and any(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(
-            "A bare transformer takes mappings of its arguments; give the pipeline to search with prompts."
-        )
-    if bins != "steps" and (not isinstance(bins, int) or bins < 1):
-        raise ValueError(f"bins must be a positive number or 'steps', got {bins!r}.")
-    if not 0 <= dense_steps < 1:
-        raise ValueError(f"dense_steps must be a share of the steps in [0, 1), got {dense_steps}.")
+    target = density if time is None else time
+    _check_prompts(pipe, prompts)
+    _check_settings(method, target, bins, dense_steps)
+    if not 1 <= len(candidates) < MAX_PATTERNS:
+        raise ValueError(f"candidates must be 1 to {MAX_PATTERNS - 1} patterns, got {len(candidates)}.")
     if costs is not None and (time is None or len(costs) != len(candidates)):
         raise ValueError("costs go with a target time, and are one number for each candidate.")
-    target = density if time is None else time
-    if method == "budget" and not 0 < target <= 1:
-        raise ValueError(f"The target {'density' if time is None else 'time'} must lie in (0, 1], got {target}.")
-    model = transformer_of(pipe, component)
-    if any(module._compiled_call_impl is not None for module in model.modules()) or _is_wrapped(pipe, component):
-        raise ValueError("The transformer is compiled. Search first, then compile: measuring breaks its graphs.")
+    model = _uncompiled(pipe, component)
     family, described = family_of(model), describe_model(model)
+    if not 0 <= dense_layers < len(described["layers"]):
+        raise ValueError(f"dense_layers must be less than the {len(described['layers'])} layers, got {dense_layers}.")
     parsed = [pattern_from_dict(c) for c in candidates]
     call = dict(call_kwargs or {})
     seed = None if generator is None else generator.initial_seed()
@@ -158,21 +148,44 @@ def search(
             dense_layers,
             paper,
             advance,
+            grid,
             backend,
         )
         _run(pipe, model, first, calls, recorder, path)
     if not losses.steps():
         raise RuntimeError("Nothing was measured: the runs reached no sparse step of a known token grid.")
-    found = tuple(losses.calibrated["grid"])
-    if grid is not None and tuple(grid) != found:
-        raise ValueError(f"The runs had the token grid {found}, expected {tuple(grid)}: check the size in call_kwargs.")
     return _plan_of(
         first, losses, parsed, groups_of, call, _Rule(paper, target, time is not None, costs, backend, model)
     )
 
 
-def _is_wrapped(pipe: Any, component: str) -> bool:
-    return hasattr(pipe if isinstance(pipe, nn.Module) else getattr(pipe, component), "_orig_mod")
+def _check_prompts(pipe: Any, prompts: Any) -> None:
+    if not prompts or isinstance(prompts, (str, Mapping)):
+        raise ValueError("prompts must be a list of at least one prompt (or mapping of arguments).")
+    if isinstance(pipe, nn.Module) and any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(
+            "A bare transformer takes mappings of its arguments; give the pipeline to search with prompts."
+        )
+
+
+def _check_settings(method: str, target: float, bins: int | str, dense_steps: float) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
+    if method == "budget" and not 0 < target <= 1:
+        raise ValueError(f"The target density or time must lie in (0, 1], got {target}.")
+    if bins != "steps" and (not isinstance(bins, int) or bins < 1):
+        raise ValueError(f"bins must be a positive number or 'steps', got {bins!r}.")
+    if not 0 <= dense_steps < 1:
+        raise ValueError(f"dense_steps must be a share of the steps in [0, 1), got {dense_steps}.")
+
+
+def _uncompiled(pipe: Any, component: str) -> nn.Module:
+    """The transformer, refused if it or a block of it is compiled."""
+    model = transformer_of(pipe, component)
+    wrapped = hasattr(pipe if isinstance(pipe, nn.Module) else getattr(pipe, component), "_orig_mod")
+    if wrapped or any(module._compiled_call_impl is not None for module in model.modules()):
+        raise ValueError("The transformer is compiled. Search first, then compile: measuring breaks its graphs.")
+    return model
 
 
 class _Rule:
