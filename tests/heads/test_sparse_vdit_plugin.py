@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 import torch._dynamo.testing
+from safetensors.torch import load_file
 
 from zoo.heads import sparse_vdit
 from zoo.heads.sparse_vdit import context, processors
@@ -103,7 +104,9 @@ def test_saved_models_are_plain(name, tmp_path) -> None:
     dense = tiny()
     with sparse_vdit.use(tiny.model, tiny.plan()):
         tiny.model.save_pretrained(tmp_path)
-    loaded = type(tiny.model).from_pretrained(tmp_path).eval()
+    cls = type(tiny.model)
+    loaded = cls.from_config(cls.load_config(tmp_path)).eval()
+    loaded.load_state_dict(load_file(tmp_path / "diffusion_pytorch_model.safetensors"))
     with torch.no_grad():
         torch.testing.assert_close(loaded(**tiny.inputs, return_dict=False)[0], dense)
 
@@ -396,6 +399,7 @@ def test_pyramid_attention_broadcast() -> None:
 
 @pytest.mark.parametrize("plan_first", [True, False])
 def test_group_offload(plan_first) -> None:
+    pytest.importorskip("accelerate")
     tiny = build("wan")
     with sparse_vdit.use(tiny.model, tiny.plan()):
         sparse = tiny()
