@@ -93,6 +93,11 @@ def _parts(
                     yield sample, heads[:, None], order, piece
 
 
+def _split(rows: slice, step: int) -> Iterator[slice]:
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
+
+
 def empty_output(q: Tensor) -> Tensor:
     """Memory for the output, its dimensions in the order of q's."""
     return torch.empty_like(q) if q.stride(-1) == 1 else q.new_empty(q.shape)
@@ -104,13 +109,15 @@ def tile_sparse_attention(
 ) -> Tensor:  # fmt: skip
     """Attention of each head [B, M, S, D] under its pattern; arguments as in the public function."""
     out = empty_output(q).zero_()
+    # Torch's attention keeps all logits of a call in float64 on a GPU.
+    step = CHUNK if q.dtype == torch.float64 else layout.tokens
     for sample, heads, order, (rows, keys, mask) in _parts(q, pattern_ids, table, layout, text_length):
-        seen, own = order[keys], order[rows]
-        # [h, rows, D]
-        values = F.scaled_dot_product_attention(
-            q[sample, heads, own][None], k[sample, heads, seen][None], v[sample, heads, seen][None], mask, scale=scale
-        )
-        out[sample, heads, own] = values[0]
+        seen = order[keys]
+        key, value = (x[sample, heads, seen][None] for x in (k, v))  # [1, h, keys, D]
+        for part in _split(rows, step):
+            own, kept = order[part], None if mask is None else mask[part.start - rows.start : part.stop - rows.start]
+            query = q[sample, heads, own][None]  # [1, h, rows, D]
+            out[sample, heads, own] = F.scaled_dot_product_attention(query, key, value, kept, scale=scale)[0]
     return out
 
 
@@ -124,13 +131,12 @@ def tile_sparse_attention_backward(
     for sample, heads, order, (rows, keys, mask) in _parts(q, pattern_ids, table, layout, text_length):
         seen = order[keys]
         key, value = (x[sample, heads, seen].to(dtype) for x in (k, v))  # [h, keys, D]
-        for start in range(rows.start, rows.stop, CHUNK):
-            stop = min(start + CHUNK, rows.stop)
-            own = order[start:stop]
+        for part in _split(rows, CHUNK):
+            own = order[part]
             query, do = (x[sample, heads, own].to(dtype) for x in (q, grad))  # [h, rows, D]
             logits = query @ key.mT * scale  # [h, rows, keys]
             if mask is not None:
-                logits = logits.masked_fill(~mask[start - rows.start : stop - rows.start], float("-inf"))
+                logits = logits.masked_fill(~mask[part.start - rows.start : part.stop - rows.start], float("-inf"))
             p = logits.softmax(-1)
             dp = do @ value.mT
             ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
