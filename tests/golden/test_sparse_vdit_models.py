@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from zoo.heads import sparse_vdit
+from zoo.heads.sparse_vdit.context import family_of, noise_level
 from zoo.heads.sparse_vdit.decide import decide_paper
 from zoo.heads.sparse_vdit.record import Losses, head_errors
 from zoo.kernels.tile_sparse import Layout, density, pattern_from_dict
@@ -129,7 +130,9 @@ def run_model_search(case: VideoCase) -> None:
         assert plan.search["sparsity"] == pytest.approx(kwargs["candidate_sparsity"])
         layers = len(kwargs["layers"])
         case.check(f"mse.{i}", torch.stack(seen).unflatten(0, (len(calls), layers)))
-        modes = [plan.assign[plan.bin_of(call["timestep"].item() / 1000)] for call in calls]
+        rising = family_of(model).rising_time
+        levels = [float(noise_level(call["timestep"], rising)) for call in calls]
+        modes = [plan.assign[plan.bin_of(level)] for level in levels]
         check_modes(case, i, torch.tensor(modes))
         case.check(f"sample.{i}", torch.stack(samples))
 

@@ -177,6 +177,24 @@ def test_refiner_of_hunyuan_is_left_alone() -> None:
         assert ours == ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
 
 
+def test_masks_of_queries_and_keys_are_dense() -> None:
+    tiny = build("hunyuan")
+    block = tiny.model.single_transformer_blocks[0]
+    seen = []
+
+    def spy(module, args, kwargs):
+        mask = kwargs["attention_mask"]
+        seen.append(kwargs)
+        return args, dict(kwargs, attention_mask=mask.expand(-1, -1, mask.shape[-1], -1))
+
+    dense = tiny()
+    block.attn.register_forward_pre_hook(spy, with_kwargs=True)
+    full = [[0] * HEADS, tiny.plan().assign[0][1]]
+    with sparse_vdit.use(tiny.model, tiny.plan(assign=[full])):
+        torch.testing.assert_close(tiny(), dense)
+    assert seen
+
+
 def test_no_square_mask_is_made(monkeypatch) -> None:
     """HunyuanVideo's mask becomes a length of each sample."""
     tiny, seen = build("hunyuan"), []

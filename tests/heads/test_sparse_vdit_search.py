@@ -252,6 +252,14 @@ def test_sizes_must_agree_and_stop_the_search_at_once() -> None:
     assert not tiny.model._forward_pre_hooks
 
 
+def test_models_that_break_are_reported() -> None:
+    tiny = build("wan")
+    with torch.no_grad():
+        tiny.model.blocks[0].attn1.to_v.bias.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="not finite"):
+        search(tiny.model, [tiny.inputs], dense_steps=0)
+
+
 def test_unknown_grids_cannot_be_searched() -> None:
     tiny = build("ltx")
     call = {**tiny.inputs, "video_coords": torch.rand(2, 3, 60)}

@@ -171,7 +171,10 @@ class SparseHunyuanVideoProcessor(SparseProcessor, HunyuanVideoAttnProcessor2_0)
         image_rotary_emb: Rotary | None = None,
     ) -> tuple[Tensor, Tensor]:
         joint = encoder_hidden_states is not None
-        if not (joint and self.is_sparse(hidden_states.shape[1] + encoder_hidden_states.shape[1])):
+        # A mask of queries and keys, or of numbers to add, is none that the model makes.
+        known = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1:3] == (1, 1))
+        tokens = hidden_states.shape[1] + (encoder_hidden_states.shape[1] if joint else 0)
+        if not (joint and known and self.is_sparse(tokens)):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         video = hidden_states.shape[1]
         q, k, v = _hunyuan_projections(attn, hidden_states, encoder_hidden_states, image_rotary_emb)

@@ -104,7 +104,7 @@ def search(
     Raises:
         NotImplementedError: A class of transformer that is not supported.
         ValueError: Bad arguments, a budget that no assignment meets, or a state file of another search.
-        RuntimeError: The runs never reached the sparse part of the schedule, or had an unknown token grid.
+        RuntimeError: The runs never reached the sparse part of the schedule, had an unknown token grid, or gave NaN.
     """
     target = density if time is None else time
     _check_prompts(pipe, prompts)
@@ -222,6 +222,10 @@ def _plan_of(
         raise RuntimeError("Some steps were never reached: the runs ended early. Run the whole schedule.")
     sparsity = torch.tensor([1 - density(p, layout) for p in candidates], dtype=torch.float64)
     error = torch.stack([losses.relative(steps)[dense_layers:] for steps in kept])  # [G, L, M, C]
+    if not error.isfinite().all():
+        raise RuntimeError(
+            "The measured errors are not finite: the model's attention gave NaN or infinity in these runs."
+        )
     if rule.paper is not None:
         mse = torch.stack([losses.mse(steps)[dense_layers:] for steps in kept])
         modes = decide_paper(mse, sparsity, *rule.paper)  # [G, L, M]
