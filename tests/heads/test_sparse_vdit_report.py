@@ -61,6 +61,17 @@ def test_map_shows_every_head(plan) -> None:
     assert "60 tokens" in text and "measured: not yet" in text
 
 
+def test_map_of_many_heads_stays_whole_on_a_narrow_terminal(plan, tmp_path, capsys, monkeypatch) -> None:
+    model = {"class": "CogVideoXTransformer3DModel", "layers": ["transformer_blocks.41.attn1"]}
+    wide = SparsePlan.from_dict(
+        {**plan.to_dict(), "model": {**model, "heads": 96, "head_dim": 64}, "assign": [[[3] * 96], [[0] * 96]]}
+    )
+    monkeypatch.setenv("COLUMNS", "60")
+    code, out, _ = run(capsys, "vdit", "report", wide.save(tmp_path / "plan.json"))
+    assert code == 0
+    assert "#" * 96 + "  100.0%" in out
+
+
 def test_numbers(plan) -> None:
     report = plan.report(attention_share=0.5)
     band, wide, many, stripe = report.density[2:]

@@ -104,7 +104,7 @@ def run_search(args: argparse.Namespace) -> int:
         state=args.state,
     )
     path = plan.save(args.out)
-    _console().print(plan.report())
+    _print(plan.report())
     print(f"wrote {path}")
     return 0
 
@@ -140,7 +140,7 @@ def run_report(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.to_dict()))
     else:
-        _console().print(report)
+        _print(report)
     return 0
 
 
@@ -194,10 +194,11 @@ def psnr(video: Any, reference: Any) -> float:
     return float("inf") if error == 0 else -10 * float(np.log10(error))
 
 
-def _console():
+def _print(report: Any) -> None:
     from rich.console import Console
 
-    return Console()
+    # Folding or cropping a line would spoil the map on a narrow terminal.
+    Console().print(report, soft_wrap=True)
 
 
 def _positive(text: str) -> int:

@@ -221,7 +221,8 @@ class PlanReport:
         mean = self.bin_means(self.density)[b]
         symbols, patterns = symbols_of(self.plan.parsed()), self.plan.parsed()
         text = Text(f"\nnoise {high:.3f} to {low:.3f} ({self.bin_weights[b]:.0%} of the steps), density {mean:.1%}")
-        names, width = self.plan.layers, max(map(len, self.plan.layers))
+        names = [name.rpartition(".")[0] for name in self.plan.layers]
+        width = max(map(len, names))
         for name, ids in zip(names, self.plan.assign[b], strict=True):
             text.append(f"\n  {name:<{width}}  ")
             for i in ids:
