@@ -7,11 +7,12 @@ import itertools
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
 from zoo.heads import sparse_vdit
 from zoo.heads.sparse_vdit.decide import decide_budget, decide_paper
 from zoo.heads.sparse_vdit.record import head_errors, measure_costs
-from zoo.heads.sparse_vdit.search import _grouping, _handled
+from zoo.heads.sparse_vdit.search import _fingerprint, _grouping, _handled
 from zoo.kernels.tile_sparse import Diagonal, Layout, Skip, VerticalStripe, tile_sparse_attention
 
 from .sparse_vdit_models import GRID, HEADS, LATENT, TEXT, TILE, build
@@ -290,6 +291,25 @@ def test_experts_share_a_schedule() -> None:
     assert groups_of(schedule) == ([0, 1], [[2, 3], [4]])
     groups_of = _grouping(2, 0.2, _handled(pipe, "transformer_2"))
     assert groups_of(schedule)[0] == [] and sum(groups_of(schedule)[1], []) == [5, 6, 7, 8, 9]
+
+
+def test_fingerprint_tells_inputs_apart() -> None:
+    image = Image.new("RGB", (2, 2))
+    other = Image.new("RGB", (2, 2), "red")
+    x = torch.ones(2, dtype=torch.bfloat16)
+    inputs = [
+        ["a"],
+        ["b"],
+        ["a", "b"],
+        [{"prompt": "a"}],
+        [{"image": image}],
+        [{"image": other}],
+        [{"x": x}],
+        [{"x": -x}],
+    ]
+    assert len({_fingerprint(prompts, {}) for prompts in inputs}) == len(inputs)
+    assert _fingerprint(["a"], {"height": 8}) != _fingerprint(["a"], {"height": 9})
+    assert _fingerprint([{"x": x, "y": 1}], {}) == _fingerprint([{"y": 1, "x": x.clone()}], {})
 
 
 def test_progress_bar_gives_the_pipelines_own_back(capsys) -> None:

@@ -330,6 +330,9 @@ def _fingerprint(prompts: Sequence[Any], call: Mapping[str, Any]) -> str:
                 feed(item)
         elif isinstance(value, (str, int, float, bool, type(None))):
             digest.update(f"{type(value).__name__}:{value};".encode())
+        elif hasattr(value, "tobytes"):
+            # Arrays, and the images of image-to-video pipelines.
+            digest.update(value.tobytes())
 
     feed(list(prompts))
     feed(call)
