@@ -21,6 +21,9 @@ from zoo.kernels.factorized import triton_pool as pool_kernels
 from zoo.kernels.halo import reference as halo_reference
 from zoo.kernels.halo import triton as halo_kernels
 from zoo.kernels.halo.reference import Geometry
+from zoo.kernels.tile_sparse import Diagonal, Full, Layout, MultiDiagonal, Skip, VerticalStripe, pattern_table
+from zoo.kernels.tile_sparse import reference as sparse_reference
+from zoo.kernels.tile_sparse import triton as sparse_kernels
 
 # (map, channels, heads, region, topk, key map, key region, mask_padding, distinct) and the designs expected.
 PROBLEMS = {
@@ -291,3 +294,48 @@ def test_cross_window_pool(name: str) -> None:
     grad = torch.randn_like(expected)
     dx = pool_kernels.backward(grad, H, W, heads, dilations, fusion)
     torch.testing.assert_close(dx, torch.autograd.grad(expected, x, grad)[0], rtol=1e-4, atol=1e-5)
+
+
+# Layouts of pattern sparse attention, (head dim, dtype), and valid text keys: full and short tiles of video and text,
+# text before and after the video, more text than video, none of it valid, tiles wider than blocks.
+SPARSE = {
+    "even": (Layout((4, 4, 4), tile=(16, 16)), 16, torch.float32, None),
+    "odd": (Layout((3, 3, 5), 7, "last", (32, 16)), 16, torch.float32, [2]),
+    "exact": (Layout((2, 4, 5), 18, "first", (16, 32), "element"), 16, torch.float32, [18, 0]),
+    "exact_even": (Layout((4, 4, 3), tile=(16, 16), granularity="element"), 16, torch.float32, None),
+    "more_text": (Layout((1, 3, 3), 37, "first", (16, 16), "element"), 16, torch.float32, [20]),
+    "narrow": (Layout((5, 3, 3), 3, "last", (16, 16)), 12, torch.float32, None),
+    "blocks": (Layout((3, 5, 11), 5, "last", (128, 64)), 16, torch.float32, [0]),
+    "half": (Layout((3, 3, 5), 3, "last", (32, 16)), 16, torch.float16, None),
+}
+SPARSE_PATTERNS = (
+    Full(),
+    Skip(),
+    Diagonal(0.5),
+    MultiDiagonal(0.7),
+    VerticalStripe(frames=(0, -1)),
+    VerticalStripe(every=(23, 2, 5)),
+    VerticalStripe(),
+)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_tile_sparse_attention(name: str) -> None:
+    layout, D, dtype, valid = SPARSE[name]
+    table, B = pattern_table(SPARSE_PATTERNS, layout), len(valid or [0])
+    torch.manual_seed(0)
+    ids = torch.randperm(len(SPARSE_PATTERNS))
+    length = None if valid is None else torch.tensor(valid)
+    # [B, M, S, D]: two in the memory of [B, S, M, D], of one packed tensor.
+    q, k = torch.randn(B, layout.tokens, len(ids), 2 * D).to(dtype).transpose(1, 2).split(D, -1)
+    v = torch.randn(B, len(ids), layout.tokens, D).to(dtype)
+    settings = (ids, table, layout, length, 0.4)
+    expected = sparse_reference.tile_sparse_attention(q, k, v, *settings)
+    grad = torch.randn_like(expected)
+    grads = sparse_reference.tile_sparse_attention_backward(grad, q, k, v, *settings)
+    out, lse = sparse_kernels.forward(q, k, v, *settings)
+    actual = sparse_kernels.backward(grad, q, k, v, out, lse, *settings)
+    tolerance = dict(rtol=1e-2, atol=1e-2) if dtype == torch.float16 else dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, expected, **tolerance)
+    torch.testing.assert_close(actual, grads, **tolerance)
+    assert out.stride() == expected.stride() and not torch.isnan(lse).any()

@@ -23,8 +23,16 @@ from zoo.kernels.factorized import triton as factorized
 from zoo.kernels.factorized import triton_pool
 from zoo.kernels.halo import triton as halo
 from zoo.kernels.halo.reference import Geometry, query_size
+from zoo.kernels.tile_sparse import Diagonal, Layout, pattern_table
+from zoo.kernels.tile_sparse import triton as tile_sparse
 
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
 OPTIONS = ("num_warps", "num_stages")
 ARCHITECTURES = (80, 90, 100)
 
@@ -66,6 +74,15 @@ FACTORIZED = {
     "stage1_float32": (56, 64, 1, 8, torch.float32),
     "stage4_float32": (7, 512, 8, 1, torch.float32),
 }
+# Pattern sparse attention: (layout, head dim, dtype). Heads of HunyuanVideo and CogVideoX, exact masks, square tiles.
+SPARSE = {
+    "hunyuan": (Layout((3, 45, 80), 256, "last"), 128, torch.bfloat16),
+    "cogvideox": (Layout((3, 48, 85), 226, "first"), 64, torch.float16),
+    "exact": (Layout((3, 45, 80), 256, "last", granularity="element"), 128, torch.bfloat16),
+    "square": (Layout((3, 45, 80), tile=(128, 128)), 128, torch.bfloat16),
+    "float32": (Layout((3, 45, 80)), 128, torch.float32),
+    "small": (Layout((3, 5, 7), 9, "first", (16, 16)), 24, torch.bfloat16),
+}
 # Stack bytes that are known. Configurations were chosen by their time on an H100, where those that spill were the
 # fastest of the ones tried (the dense gradients hold two wide tiles in registers). Not every spill-free one was timed.
 SPILLS = {
@@ -80,9 +97,18 @@ SPILLS = {
     "_agent_gradient_kernel": 16,
     "_factorized_attention_kernel": 8,
     "_factorized_attention_grad_kernel": 16,
+    # Heads of 128 channels, in float32 and on sm_100; not timed.
+    "_tile_sparse_dq_kernel": 16,
+    "_tile_sparse_dkv_kernel": 48,
 }
 # The same for sm_80 alone, which keeps both factors of a product in registers.
-SPILLS_SM80 = {"_halo_forward_kernel": 32, "_halo_dq_kernel": 192, "_halo_dkv_kernel": 64}
+SPILLS_SM80 = {
+    "_halo_forward_kernel": 32,
+    "_halo_dq_kernel": 192,
+    "_halo_dkv_kernel": 64,
+    # With exact masks.
+    "_tile_sparse_forward_kernel": 56,
+}
 # Columns of tensor memory on sm_100; a kernel that asks for more compiles to a trap.
 TENSOR_MEMORY = 512
 
@@ -183,6 +209,14 @@ def launch_factorized(name: str) -> None:
     factorized.backward(out, *inputs, out, lse)
 
 
+def launch_tile_sparse(name: str) -> None:
+    layout, D, dtype = SPARSE[name]
+    q = torch.empty(1, layout.tokens, 2, D, dtype=dtype).transpose(1, 2)
+    settings = (torch.zeros(2, dtype=torch.int32), pattern_table([Diagonal(1)], layout), layout, None, D**-0.5)
+    out, lse = tile_sparse.forward(q, q, q, *settings)
+    tile_sparse.backward(out, q, q, q, out, lse, *settings)
+
+
 def check(launches: list, arch: int, folder: Path) -> None:
     assert launches
     for kernel, args, kwargs in launches:
@@ -225,4 +259,11 @@ def test_halo_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", FACTORIZED)
 def test_factorized_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
     launch_factorized(name)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", SPARSE)
+def test_tile_sparse_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_tile_sparse(name)
     check(launches, arch, tmp_path)

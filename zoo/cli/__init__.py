@@ -22,6 +22,7 @@ COMMANDS = {
     "push": ("zoo.cli.push", "upload a model folder to a hub"),
     "pull": ("zoo.cli.pull", "download a model folder from a hub and verify it"),
     "bench": ("zoo.cli.bench", "time the ops and models"),
+    "vdit": ("zoo.cli.vdit", "search, apply or describe sparse attention plans of video diffusion models"),
     "demo": ("zoo.cli.demo", "predict, train, export and reload a small model"),
 }
 

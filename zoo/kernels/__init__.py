@@ -5,6 +5,7 @@ from zoo.kernels.bilevel_routing import Routing, bilevel_attention, bilevel_rout
 from zoo.kernels.depthwise_conv import depthwise_conv2d
 from zoo.kernels.factorized import cross_window_pool, factorized_attention
 from zoo.kernels.halo import halo_attention
+from zoo.kernels.tile_sparse import tile_sparse_attention
 
 __all__ = [
     "AgentBias",
@@ -17,4 +18,5 @@ __all__ = [
     "factorized_attention",
     "halo_attention",
     "route_regions",
+    "tile_sparse_attention",
 ]

@@ -1,0 +1,107 @@
+"""Pattern sparse attention of video diffusion transformers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from zoo.bench.ops.base import Op, element_size
+
+
+def parse_pattern(text: str):
+    """A pattern from a suite: "full", "skip", "diagonal 1.5", "multi_diagonal 0.5", or "stripe 0 -1" with frames."""
+    from zoo.kernels import tile_sparse
+
+    name, *numbers = text.split()
+    if name == "stripe":
+        return tile_sparse.VerticalStripe(frames=tuple(int(x) for x in numbers))
+    windows = {"window": float(numbers[0])} if numbers else {}
+    return tile_sparse.pattern_from_dict({"pattern": name, **windows})
+
+
+class TileSparseAttention(Op):
+    """Attention of which every head has a pattern.
+
+    Shape: batch, frames, height, width (of the token grid), heads, dim, patterns (given to the heads in turn), and
+    optionally text, text_position, tile. Queries, keys and values lie in the memory of [B, S, M, D], as projections
+    leave them. ``dense_flash`` and ``dense_cudnn`` compute all pairs, the attention that sparse patterns replace.
+    """
+
+    leaves = ("q", "k", "v")
+    alternatives = ("dense_flash", "dense_cudnn")
+
+    @staticmethod
+    def layout(shape):
+        from zoo.kernels.tile_sparse import Layout
+
+        text = shape.get("text", 0)
+        grid = (shape["frames"], shape["height"], shape["width"])
+        position = shape.get("text_position", "last") if text else "none"
+        return Layout(grid, text, position, tuple(shape.get("tile", (128, 64))))
+
+    @staticmethod
+    def patterns(shape) -> list:
+        return [parse_pattern(text) for text in shape["patterns"]]
+
+    def make_inputs(self, shape, dtype, device, seed=0):
+        from zoo.kernels.tile_sparse import pattern_table
+
+        layout, patterns = self.layout(shape), self.patterns(shape)
+        generator = torch.Generator(device).manual_seed(seed)
+        size = (shape["batch"], layout.tokens, shape["heads"], shape["dim"])
+        inputs = {}
+        for name in self.leaves:
+            x = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
+            inputs[name] = x.to(dtype).transpose(1, 2).requires_grad_()
+        ids = torch.arange(shape["heads"], device=device) % len(patterns)
+        table = pattern_table(patterns, layout, device)
+        return {**inputs, "pattern_ids": ids, "settings": {"patterns": table, "layout": layout}}
+
+    def providers(self, device):
+        providers = {"zoo": self._zoo, "plain": self._plain}
+        if device.type == "cuda":
+            providers["dense_flash"] = self._flash
+            providers["dense_cudnn"] = self._cudnn
+        return providers
+
+    @staticmethod
+    def _attend(inputs, backend: str):
+        from zoo.kernels.tile_sparse import tile_sparse_attention
+
+        tensors = (inputs[name] for name in ("q", "k", "v", "pattern_ids"))
+        return tile_sparse_attention(*tensors, **inputs["settings"], backend=backend)
+
+    @staticmethod
+    def _zoo(inputs):
+        # The kernels, where there is a GPU, whether or not "auto" takes them.
+        return TileSparseAttention._attend(inputs, "triton" if inputs["q"].is_cuda else "auto")
+
+    @staticmethod
+    def _plain(inputs):
+        """Torch's attention, called for each pattern and piece of it."""
+        return TileSparseAttention._attend(inputs, "reference")
+
+    @staticmethod
+    def _flash(inputs):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(inputs["q"], inputs["k"], inputs["v"])
+
+    @staticmethod
+    def _cudnn(inputs):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(inputs["q"], inputs["k"], inputs["v"])
+
+    def bytes(self, shape, dtype, backward):
+        # Forward: read q, k, v, write o. Backward: read q, k, v, o and its gradient, write three gradients.
+        elements = shape["batch"] * self.layout(shape).tokens * shape["heads"] * shape["dim"]
+        return (12 if backward else 4) * elements * element_size(dtype)
+
+    def flops(self, shape, backward):
+        # Forward two products over the active tiles, backward five more.
+        from zoo.kernels.tile_sparse.patterns import active_tiles
+
+        layout, patterns = self.layout(shape), self.patterns(shape)
+        tiles = sum(active_tiles(patterns[head % len(patterns)], layout) for head in range(shape["heads"]))
+        products = 7 if backward else 2
+        return 2 * products * shape["batch"] * shape["dim"] * tiles * layout.tile[0] * layout.tile[1]
