@@ -359,6 +359,22 @@ def test_one_compiled_graph_serves_all_assignments(device: str, backend: str) ->
     assert counter.frame_count == 1
 
 
+def test_compiled_code_asks_for_a_table() -> None:
+    layer, x = Layer([0, 3], "auto"), torch.randn(2, 29, 32)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="compiled code needs the patterns as a pattern_table"):
+        compiled(x, torch.tensor([5, 2]), Layer.patterns)
+
+
+def test_tables_of_inference_serve_training() -> None:
+    layout, x = Layout((2, 3, 7)), torch.randn(1, 1, 42, 4, requires_grad=True)
+    args = (torch.zeros(1, dtype=torch.int64), [Diagonal(0.3)], layout)
+    with torch.inference_mode():
+        tile_sparse_attention(x, x, x, *args)
+    tile_sparse_attention(x, x, x, *args).sum().backward()
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 def test_export(device: str, backend: str) -> None:
     table = pattern_table(Layer.patterns, Layer.layout, device)

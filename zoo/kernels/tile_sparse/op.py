@@ -28,7 +28,7 @@ TRUST_KERNELS = False
 @torch.library.custom_op("zoo::tile_sparse_attention", mutates_args=())
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, pattern_ids: Tensor, rows: Tensor, tiles: Tensor, columns: Tensor,
-    text_length: Tensor | None, sizes: Sequence[int], scale: float, kernels: bool,
+    text_length: Tensor | None, sizes: list[int], scale: float, kernels: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     table, layout = PatternTable(rows, tiles, columns), Layout.from_sizes(sizes)
     if kernels:
@@ -48,7 +48,7 @@ def _(q, k, v, pattern_ids, rows, tiles, columns, text_length, sizes, scale, ker
 @torch.library.custom_op("zoo::tile_sparse_attention_backward", mutates_args=())
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pattern_ids: Tensor, rows: Tensor,
-    tiles: Tensor, columns: Tensor, text_length: Tensor | None, sizes: Sequence[int], scale: float, kernels: bool,
+    tiles: Tensor, columns: Tensor, text_length: Tensor | None, sizes: list[int], scale: float, kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     table, layout = PatternTable(rows, tiles, columns), Layout.from_sizes(sizes)
     if kernels:
@@ -211,7 +211,11 @@ def tile_sparse_attention(
 
     Source: Sparse-vDiT, arXiv:2506.03065, sections 3.1 and 3.3.
     """
-    table = patterns if isinstance(patterns, PatternTable) else pattern_table(patterns, layout, q.device)
+    table = patterns
+    if not isinstance(table, PatternTable):
+        if torch.compiler.is_compiling():
+            raise ValueError("compiled code needs the patterns as a pattern_table, built before, got the patterns.")
+        table = pattern_table(patterns, layout, q.device)
     _check(q, k, v, pattern_ids, table, layout, text_length)
     q, k, v = cast_for_autocast(q, k, v)
     if not q.dtype == k.dtype == v.dtype:

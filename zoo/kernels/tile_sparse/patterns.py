@@ -357,7 +357,9 @@ def pattern_table(patterns: Sequence[Pattern], layout: Layout, device: torch.dev
     patterns = tuple(patterns)
     if not patterns or not all(isinstance(p, Pattern) for p in patterns):
         raise ValueError(f"patterns must be a sequence of patterns, at least one, got {patterns}.")
-    return _pattern_table(patterns, layout, torch.device(device))
+    # Kept for training too, where a tensor of inference mode could not be saved for the backward pass.
+    with torch.inference_mode(False):
+        return _pattern_table(patterns, layout, torch.device(device))
 
 
 @functools.lru_cache(maxsize=64)
