@@ -74,12 +74,11 @@ FACTORIZED = {
     "stage1_float32": (56, 64, 1, 8, torch.float32),
     "stage4_float32": (7, 512, 8, 1, torch.float32),
 }
-# Pattern sparse attention: (layout, head dim, dtype). Heads of HunyuanVideo and CogVideoX, exact masks, square tiles.
+# Pattern sparse attention: (layout, head dim, dtype). Heads of HunyuanVideo and CogVideoX, exact masks.
 SPARSE = {
     "hunyuan": (Layout((3, 45, 80), 256, "last"), 128, torch.bfloat16),
     "cogvideox": (Layout((3, 48, 85), 226, "first"), 64, torch.float16),
     "exact": (Layout((3, 45, 80), 256, "last", granularity="element"), 128, torch.bfloat16),
-    "square": (Layout((3, 45, 80), tile=(128, 128)), 128, torch.bfloat16),
     "float32": (Layout((3, 45, 80)), 128, torch.float32),
     "small": (Layout((3, 5, 7), 9, "first", (16, 16)), 24, torch.bfloat16),
 }

@@ -256,6 +256,7 @@ def test_empty_batch() -> None:
         (dict(k=torch.randn(2, 9, 22, 3)), "need one dtype"),
         (dict(pattern_ids=torch.zeros(8, dtype=torch.int64)), r"pattern_ids must be an integer tensor \[9\]"),
         (dict(pattern_ids=torch.zeros(9)), "pattern_ids must be an integer tensor"),
+        (dict(pattern_ids=torch.arange(9) - 1), r"pattern_ids must lie in 0 to 8 for 9 patterns, got \[-1, 0"),
         (dict(pattern_ids=torch.zeros(9, dtype=torch.int64, device="meta")), "must be on q's device cpu, got meta"),
         (dict(patterns=pattern_table(PATTERNS, Layout((2, 3, 4)))), "table for 24 video tokens, the layout has 18"),
         (dict(text_length=torch.tensor([1])), r"text_length must be \[2\]"),
