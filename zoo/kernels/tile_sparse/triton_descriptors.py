@@ -2,7 +2,7 @@
 
 For heads in frame-major order, in which the rows of a tile lie next to each other. It compiles for sm_90 with Triton
 3.6 and agrees with the reference under Triton's interpreter; it has not run on a GPU yet, so nothing takes it until
-`DESCRIPTORS` is set. More than two stages are said to give NaN with warp specialisation.
+`DESCRIPTORS` is set. It keeps to two stages: with three or four, loops specialised by Triton 3.6 have given NaN.
 """
 
 from __future__ import annotations
