@@ -21,7 +21,16 @@ from zoo.kernels.factorized import triton_pool as pool_kernels
 from zoo.kernels.halo import reference as halo_reference
 from zoo.kernels.halo import triton as halo_kernels
 from zoo.kernels.halo.reference import Geometry
-from zoo.kernels.tile_sparse import Diagonal, Full, Layout, MultiDiagonal, Skip, VerticalStripe, pattern_table
+from zoo.kernels.tile_sparse import (
+    Diagonal,
+    Full,
+    Layout,
+    MultiDiagonal,
+    Skip,
+    VerticalStripe,
+    pattern_table,
+    triton_descriptors,
+)
 from zoo.kernels.tile_sparse import reference as sparse_reference
 from zoo.kernels.tile_sparse import triton as sparse_kernels
 
@@ -339,3 +348,10 @@ def test_tile_sparse_attention(name: str) -> None:
     torch.testing.assert_close(out, expected, **tolerance)
     torch.testing.assert_close(actual, grads, **tolerance)
     assert out.stride() == expected.stride() and not torch.isnan(lse).any()
+
+
+@pytest.mark.parametrize("name", ["even", "odd"])
+def test_tile_sparse_attention_by_descriptors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_descriptors, "DESCRIPTORS", True)
+    monkeypatch.setattr(triton_descriptors, "can_describe", lambda *tensors: True)
+    test_tile_sparse_attention(name)

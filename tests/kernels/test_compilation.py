@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from zoo.kernels.agent import AgentBias
 from zoo.kernels.agent import triton as agent
@@ -23,7 +25,7 @@ from zoo.kernels.factorized import triton as factorized
 from zoo.kernels.factorized import triton_pool
 from zoo.kernels.halo import triton as halo
 from zoo.kernels.halo.reference import Geometry, query_size
-from zoo.kernels.tile_sparse import Diagonal, Layout, pattern_table
+from zoo.kernels.tile_sparse import Diagonal, Layout, pattern_table, triton_descriptors
 from zoo.kernels.tile_sparse import triton as tile_sparse
 
 TYPES = {
@@ -74,12 +76,11 @@ FACTORIZED = {
     "stage1_float32": (56, 64, 1, 8, torch.float32),
     "stage4_float32": (7, 512, 8, 1, torch.float32),
 }
-# Pattern sparse attention: (layout, head dim, dtype). Heads of HunyuanVideo and CogVideoX, exact masks, square tiles.
+# Pattern sparse attention: (layout, head dim, dtype). Heads of HunyuanVideo and CogVideoX, exact masks.
 SPARSE = {
     "hunyuan": (Layout((3, 45, 80), 256, "last"), 128, torch.bfloat16),
     "cogvideox": (Layout((3, 48, 85), 226, "first"), 64, torch.float16),
     "exact": (Layout((3, 45, 80), 256, "last", granularity="element"), 128, torch.bfloat16),
-    "square": (Layout((3, 45, 80), tile=(128, 128)), 128, torch.bfloat16),
     "float32": (Layout((3, 45, 80)), 128, torch.float32),
     "small": (Layout((3, 5, 7), 9, "first", (16, 16)), 24, torch.bfloat16),
 }
@@ -99,7 +100,7 @@ SPILLS = {
     "_factorized_attention_grad_kernel": 16,
     # Heads of 128 channels, in float32 and on sm_100; not timed.
     "_tile_sparse_dq_kernel": 16,
-    "_tile_sparse_dkv_kernel": 48,
+    "_tile_sparse_dkv_kernel": 64,
 }
 # The same for sm_80 alone, which keeps both factors of a product in registers.
 SPILLS_SM80 = {
@@ -132,6 +133,8 @@ def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict, arch: int):
         value = values[name]
         if kernel.params[i].is_constexpr:
             signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>"
         elif isinstance(value, torch.Tensor):
             signature[name], attrs[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
@@ -267,3 +270,18 @@ def test_factorized_compiles(name: str, arch: int, launches: list, tmp_path: Pat
 def test_tile_sparse_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
     launch_tile_sparse(name)
     check(launches, arch, tmp_path)
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="other versions have not been made to compile it")
+@pytest.mark.parametrize("name", ["hunyuan", "cogvideox"])
+@pytest.mark.parametrize("keys", [64, 128])
+def test_tile_sparse_compiles_with_descriptors(
+    name: str, keys: int, launches: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_descriptors, "DESCRIPTORS", True)
+    monkeypatch.setattr(triton_descriptors, "can_describe", lambda *args: True)
+    layout, *rest = SPARSE[name]
+    monkeypatch.setitem(SPARSE, name, (replace(layout, tile=(128, keys)), *rest))
+    launch_tile_sparse(name)
+    assert launches[0][0].__name__ == "_tile_sparse_descriptor_kernel"
+    check(launches, 90, tmp_path)

@@ -256,6 +256,7 @@ def test_empty_batch() -> None:
         (dict(k=torch.randn(2, 9, 22, 3)), "need one dtype"),
         (dict(pattern_ids=torch.zeros(8, dtype=torch.int64)), r"pattern_ids must be an integer tensor \[9\]"),
         (dict(pattern_ids=torch.zeros(9)), "pattern_ids must be an integer tensor"),
+        (dict(pattern_ids=torch.arange(9) - 1), r"pattern_ids must lie in 0 to 8 for 9 patterns, got \[-1, 0"),
         (dict(pattern_ids=torch.zeros(9, dtype=torch.int64, device="meta")), "must be on q's device cpu, got meta"),
         (dict(patterns=pattern_table(PATTERNS, Layout((2, 3, 4)))), "table for 24 video tokens, the layout has 18"),
         (dict(text_length=torch.tensor([1])), r"text_length must be \[2\]"),
@@ -438,12 +439,19 @@ def test_backward_is_deterministic(name: str) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("tile", [(128, 64), (128, 128)], ids=str)
 @pytest.mark.parametrize("D", [64, 128])
-def test_kernel_on_a_long_sequence(D: int) -> None:
-    """Thousands of tiles a head, odd at every end."""
-    layout = Layout((11, 31, 33), 226, "last")
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_kernel_on_a_long_sequence(D: int, tile: tuple, descriptors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of tiles a head, odd at every end, loaded by descriptors or not."""
+    from zoo.kernels.tile_sparse import triton_descriptors
+
+    monkeypatch.setattr(triton_descriptors, "DESCRIPTORS", descriptors)
+    layout = Layout((11, 31, 33), 226, "last", tile)
     patterns = (Diagonal(1), MultiDiagonal(0.5), VerticalStripe(frames=(0,)), Full())
     q, k, v = (torch.randn(1, 4, layout.tokens, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    if descriptors and not triton_descriptors.can_describe(layout, q, k, v):
+        pytest.skip("no warp-specialised loads here")
     args = (torch.arange(4, device="cuda"), patterns, layout)
     assert_as_exact_as_torch(
         lambda *x: tile_sparse_attention(*x, *args, backend="triton"),

@@ -192,12 +192,12 @@ def tile_sparse_attention(
         k: Keys [B, M, S, D], with positions (RoPE) already in them, as in the queries.
         v: Values [B, M, S, D].
         pattern_ids: Integer [M] on q's device: the pattern of each head. A tensor, so that one compiled graph serves
-            layers with different assignments.
+            layers with different assignments; the kernels do not check that ids are in range.
         patterns: Patterns that ids refer to, or their `pattern_table` at this layout on q's device; inside of
             compiled code, the latter.
         layout: The sequence and its tiles.
-        text_length: Integer [B] on q's device: valid text keys a sample, the first of the T; all by default. Padded
-            text keys are seen by no query, padded text queries are computed as the others.
+        text_length: Integer [B] on q's device: valid text keys a sample, the first of the T; all by default, and at
+            most. Padded text keys are seen by no query, padded text queries are computed as the others.
         scale: Factor on q . k; D**-0.5 by default.
         backend: "auto", "triton" or "reference". The reference reads ids and lengths on the host.
 

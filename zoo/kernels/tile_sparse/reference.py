@@ -80,9 +80,11 @@ def _parts(
     q: Tensor, pattern_ids: Tensor, table: PatternTable, layout: Layout, text_length: Tensor | None
 ) -> Iterator[tuple[int, Tensor, Tensor, Piece]]:
     """Sample, heads of a pattern, order of the pattern and piece, for all that is to be computed."""
-    lengths = [layout.text] * q.shape[0] if text_length is None else text_length.tolist()
-    rows = table.rows.tolist()
-    for p in pattern_ids.unique().tolist():
+    lengths = [layout.text] * q.shape[0] if text_length is None else text_length.clamp(0, layout.text).tolist()
+    rows, ids = table.rows.tolist(), pattern_ids.unique().tolist()
+    if ids and not 0 <= ids[0] <= ids[-1] < len(rows):
+        raise ValueError(f"pattern_ids must lie in 0 to {len(rows) - 1} for {len(rows)} patterns, got {ids}.")
+    for p in ids:
         if rows[p][0] == SKIP:
             continue
         heads = (pattern_ids == p).nonzero().flatten()

@@ -24,71 +24,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels.tile_sparse import triton_descriptors
 from zoo.kernels.tile_sparse.patterns import MULTI_DIAGONAL, SKIP, STRIPE, Layout, PatternTable
 from zoo.kernels.tile_sparse.reference import empty_output
+from zoo.kernels.tile_sparse.triton_walk import LOG2E, load_pattern, load_rows, own_tile, places, reach, store_rows
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # A width that no two positions are apart.
 ALL = tl.constexpr(2**30)
 _SKIP, _MULTI_DIAGONAL, _STRIPE = tl.constexpr(SKIP), tl.constexpr(MULTI_DIAGONAL), tl.constexpr(STRIPE)
 _SIZES = ["heads", "frames", "frame", "text", "video_start", "text_start"]
-
-
-@triton.jit
-def _load(ptr, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """[N, BLOCK_D] channels of one head at the given offsets, zero outside."""
-    d = tl.arange(0, BLOCK_D)
-    at = ptr + offset[:, None] + d[None, :]
-    if D < BLOCK_D:
-        return tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-    if MASKED:
-        return tl.load(at, mask=inside[:, None], other=0.0)
-    return tl.load(at)
-
-
-@triton.jit
-def _store(ptr, value, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    mask = inside[:, None] & (d < D)[None, :] if D < BLOCK_D else inside[:, None]
-    tl.store(ptr + offset[:, None] + d[None, :], value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _own_tile(heads, video, text, BLOCK: tl.constexpr):
-    """Rank of the program's head, first position of its tile, and whether that is text; text tiles come first."""
-    text_tiles = tl.cdiv(text, BLOCK)
-    program = tl.program_id(0)
-    of_text = program < heads * text_tiles
-    index = tl.where(of_text, program, program - heads * text_tiles)
-    tiles = tl.where(of_text, text_tiles, tl.cdiv(video, BLOCK))
-    rank = index // tiles
-    return rank, (index - rank * tiles) * BLOCK, of_text
-
-
-@triton.jit
-def _pattern(ids_ptr, rows_ptr, head):
-    """Kind, window, list and row of the columns of a head's pattern."""
-    row_ptr = rows_ptr + tl.load(ids_ptr + head) * 6
-    count = tl.load(row_ptr + 3)
-    return tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), count, tl.load(row_ptr + 4)
-
-
-@triton.jit
-def _places(position, of_text, token_major, frames, inverse, frame, video_start, text_start):
-    """Places in the sequence of positions of the video, in the head's order, or of the text."""
-    reordered = token_major & (of_text == 0)
-    step = tl.where(reordered, frames, 1)
-    # The quotient of float32 is exact up to 2**20 positions: half a unit is more than its error.
-    place = ((position.to(tl.float32) + 0.5) * tl.where(reordered, inverse, 1.0)).to(tl.int32)
-    return (position - place * step) * frame + place + tl.where(of_text, text_start, video_start)
-
-
-@triton.jit
-def _reach(start, width, last, OWN: tl.constexpr, OTHER: tl.constexpr):
-    """Tiles of size OTHER with a position nearer than `width` to the tile of size OWN that holds `start`."""
-    low = start // OWN * OWN
-    high = tl.minimum(low + OWN - 1, last)
-    return tl.maximum(low - width + 1, 0) // OTHER, tl.minimum(high + width - 1, last) // OTHER + 1
 
 
 @triton.jit
@@ -102,7 +46,7 @@ def _key_walk(
     """
     STEPS: tl.constexpr = TILE_N // BLOCK_N
     listed = (kind == _STRIPE) & (of_text == 0)
-    low, end = _reach(start, width, video - 1, TILE_M, TILE_N)
+    low, end = reach(start, width, video - 1, TILE_M, TILE_N)
     low = tl.where(listed, first, low)
     end = tl.where(listed, first + count, end)
     end = tl.where(kind == _SKIP, low, end)
@@ -159,7 +103,7 @@ def _tile_sparse_forward_kernel(
     q_stride_b, q_stride_m, q_stride_s, k_stride_b, k_stride_m, k_stride_s, v_stride_b, v_stride_m, v_stride_s,
     out_stride_b, out_stride_m, out_stride_s, heads, frames, frame, text, video_start, text_start, inverse, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EXACT: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale * q k^T) v over the keys of a pattern, and lse = log2 of the softmax denominator.
 
@@ -167,11 +111,12 @@ def _tile_sparse_forward_kernel(
     Bytes of a program: its queries and outputs, and the walked keys and values, which neighbouring programs of the
     head share in L2. FLOPs: 4 BLOCK_M D for each walked key. Compute-bound at the lengths of videos at any useful
     density; a skipped head costs its stores.
+    With TOKEN_MAJOR, programs of heads in frame-major order do nothing: another kernel has them.
     """
     video = frames * frame
-    rank, start, of_text = _own_tile(heads, video, text, BLOCK_M)
+    rank, start, of_text = own_tile(heads, video, text, BLOCK_M)
     head = tl.load(order_ptr + rank)
-    kind, width, first, count, stripe = _pattern(ids_ptr, rows_ptr, head)
+    kind, width, first, count, stripe = load_pattern(ids_ptr, rows_ptr, head)
     token_major = kind == _MULTI_DIAGONAL
     width = tl.where(of_text, video + text, width)
     b, m = tl.program_id(1).to(tl.int64), head.to(tl.int64)
@@ -182,8 +127,11 @@ def _tile_sparse_forward_kernel(
 
     position = start + tl.arange(0, BLOCK_M)
     inside = position < tl.where(of_text, text, video)
-    place = _places(position, of_text, token_major, frames, inverse, frame, video_start, text_start)
-    q = _load(q_ptr + b * q_stride_b + m * q_stride_m, place * q_stride_s, inside, D, BLOCK_D, True)
+    if TOKEN_MAJOR:
+        kind = tl.where(token_major, kind, _SKIP)
+        inside = position < tl.where(token_major, tl.where(of_text, text, video), 0)
+    place = places(position, of_text, token_major, frames, inverse, frame, video_start, text_start)
+    q = load_rows(q_ptr + b * q_stride_b + m * q_stride_m, place * q_stride_s, inside, D, BLOCK_D, True)
 
     low, end, listed, masked = _key_walk(
         start, of_text, kind, width, first, count, tiles_ptr, video, TILE_M, TILE_N, BLOCK_N
@@ -193,17 +141,17 @@ def _tile_sparse_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in tl.range(low, end):
         n = _keys(i, listed, tiles_ptr, TILE_N, BLOCK_N)
-        at = _places(n, False, token_major, frames, inverse, frame, video_start, text_start)
-        k = _load(k_ptr, at * k_stride_s, n >= 0, D, BLOCK_D, False)
-        v = _load(v_ptr, at * v_stride_s, n >= 0, D, BLOCK_D, False)
+        at = places(n, False, token_major, frames, inverse, frame, video_start, text_start)
+        k = load_rows(k_ptr, at * k_stride_s, n >= 0, D, BLOCK_D, False)
+        v = load_rows(v_ptr, at * v_stride_s, n >= 0, D, BLOCK_D, False)
         keep = _pairs(position, n, width, columns_ptr, tl.where(listed, video, 0)) if EXACT else True
         top, norm, acc = _softmax_step(q, k, v, keep, top, norm, acc, scale * LOG2E, EXACT)
     # The short tile at the end of the video, then the text.
     for i in tl.range(-masked, tl.where(kind == _SKIP, 0, tl.cdiv(length, BLOCK_N))):
         n, valid = _last_keys(i, masked, video, length, TILE_N, BLOCK_N)
-        at = _places(n, i >= 0, token_major, frames, inverse, frame, video_start, text_start)
-        k = _load(k_ptr, at * k_stride_s, valid, D, BLOCK_D, True)
-        v = _load(v_ptr, at * v_stride_s, valid, D, BLOCK_D, True)
+        at = places(n, i >= 0, token_major, frames, inverse, frame, video_start, text_start)
+        k = load_rows(k_ptr, at * k_stride_s, valid, D, BLOCK_D, True)
+        v = load_rows(v_ptr, at * v_stride_s, valid, D, BLOCK_D, True)
         keep = valid[None, :]
         if EXACT:
             limit = tl.where(listed & (i < 0), video, 0)
@@ -212,7 +160,7 @@ def _tile_sparse_forward_kernel(
 
     found = norm > 0
     acc = acc / tl.where(found, norm, 1.0)[:, None]
-    _store(out_ptr + b * out_stride_b + m * out_stride_m, acc, place * out_stride_s, inside, D, BLOCK_D)
+    store_rows(out_ptr + b * out_stride_b + m * out_stride_m, acc, place * out_stride_s, inside, D, BLOCK_D)
     # Without a key, probabilities are to vanish in the backward pass.
     lse = tl.where(found, top + tl.log2(tl.where(found, norm, 1.0)), float("inf"))
     tl.store(lse_ptr + (b * heads + m) * (video + text) + place, lse, mask=inside)
@@ -246,9 +194,9 @@ def _tile_sparse_dq_kernel(
     for each walked key.
     """
     video = frames * frame
-    rank, start, of_text = _own_tile(heads, video, text, BLOCK_M)
+    rank, start, of_text = own_tile(heads, video, text, BLOCK_M)
     head = tl.load(order_ptr + rank)
-    kind, width, first, count, stripe = _pattern(ids_ptr, rows_ptr, head)
+    kind, width, first, count, stripe = load_pattern(ids_ptr, rows_ptr, head)
     token_major = kind == _MULTI_DIAGONAL
     width = tl.where(of_text, video + text, width)
     b, m = tl.program_id(1).to(tl.int64), head.to(tl.int64)
@@ -259,10 +207,10 @@ def _tile_sparse_dq_kernel(
 
     position = start + tl.arange(0, BLOCK_M)
     inside = position < tl.where(of_text, text, video)
-    place = _places(position, of_text, token_major, frames, inverse, frame, video_start, text_start)
-    q = _load(q_ptr + b * q_stride_b + m * q_stride_m, place * q_stride_s, inside, D, BLOCK_D, True)
-    do = _load(grad_ptr + b * grad_stride_b + m * grad_stride_m, place * grad_stride_s, inside, D, BLOCK_D, True)
-    out = _load(out_ptr + b * out_stride_b + m * out_stride_m, place * out_stride_s, inside, D, BLOCK_D, True)
+    place = places(position, of_text, token_major, frames, inverse, frame, video_start, text_start)
+    q = load_rows(q_ptr + b * q_stride_b + m * q_stride_m, place * q_stride_s, inside, D, BLOCK_D, True)
+    do = load_rows(grad_ptr + b * grad_stride_b + m * grad_stride_m, place * grad_stride_s, inside, D, BLOCK_D, True)
+    out = load_rows(out_ptr + b * out_stride_b + m * out_stride_m, place * out_stride_s, inside, D, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     stat = (b * heads + m) * (video + text) + place
     tl.store(delta_ptr + stat, delta, mask=inside)
@@ -274,22 +222,22 @@ def _tile_sparse_dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in tl.range(low, end):
         n = _keys(i, listed, tiles_ptr, TILE_N, BLOCK_N)
-        at = _places(n, False, token_major, frames, inverse, frame, video_start, text_start)
-        k = _load(k_ptr, at * k_stride_s, n >= 0, D, BLOCK_D, False)
-        v = _load(v_ptr, at * v_stride_s, n >= 0, D, BLOCK_D, False)
+        at = places(n, False, token_major, frames, inverse, frame, video_start, text_start)
+        k = load_rows(k_ptr, at * k_stride_s, n >= 0, D, BLOCK_D, False)
+        v = load_rows(v_ptr, at * v_stride_s, n >= 0, D, BLOCK_D, False)
         keep = _pairs(position, n, width, columns_ptr, tl.where(listed, video, 0)) if EXACT else True
         dq = _dq_step(q, k, v, do, lse, delta, keep, dq, scale * LOG2E, EXACT)
     for i in tl.range(-masked, tl.where(kind == _SKIP, 0, tl.cdiv(length, BLOCK_N))):
         n, valid = _last_keys(i, masked, video, length, TILE_N, BLOCK_N)
-        at = _places(n, i >= 0, token_major, frames, inverse, frame, video_start, text_start)
-        k = _load(k_ptr, at * k_stride_s, valid, D, BLOCK_D, True)
-        v = _load(v_ptr, at * v_stride_s, valid, D, BLOCK_D, True)
+        at = places(n, i >= 0, token_major, frames, inverse, frame, video_start, text_start)
+        k = load_rows(k_ptr, at * k_stride_s, valid, D, BLOCK_D, True)
+        v = load_rows(v_ptr, at * v_stride_s, valid, D, BLOCK_D, True)
         keep = valid[None, :]
         if EXACT:
             limit = tl.where(listed & (i < 0), video, 0)
             keep = keep & _pairs(position, n, tl.where(i < 0, width, ALL), columns_ptr, limit)
         dq = _dq_step(q, k, v, do, lse, delta, keep, dq, scale * LOG2E, True)
-    _store(dq_ptr + b * dq_stride_b + m * dq_stride_m, dq * scale, place * dq_stride_s, inside, D, BLOCK_D)
+    store_rows(dq_ptr + b * dq_stride_b + m * dq_stride_m, dq * scale, place * dq_stride_s, inside, D, BLOCK_D)
 
 
 @triton.jit
@@ -297,7 +245,7 @@ def _query_walk(
     start, of_text, kind, width, seen, video, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
     """Video queries of a tile of keys: positions of the walk in steps of BLOCK_M, and whether a short step ends it."""
-    low, end = _reach(start, width, video - 1, TILE_N, TILE_M)
+    low, end = reach(start, width, video - 1, TILE_N, TILE_M)
     end = tl.where((kind == _SKIP) | (seen == 0), low, end)
     filled = end > low
     low, end = low * TILE_M, end * TILE_M
@@ -336,9 +284,9 @@ def _tile_sparse_dkv_kernel(
     walked query.
     """
     video = frames * frame
-    rank, start, of_text = _own_tile(heads, video, text, BLOCK_N)
+    rank, start, of_text = own_tile(heads, video, text, BLOCK_N)
     head = tl.load(order_ptr + rank)
-    kind, width, first, count, stripe = _pattern(ids_ptr, rows_ptr, head)
+    kind, width, first, count, stripe = load_pattern(ids_ptr, rows_ptr, head)
     token_major = kind == _MULTI_DIAGONAL
     width = tl.where(of_text, video + text, width)
     b, m = tl.program_id(1).to(tl.int64), head.to(tl.int64)
@@ -350,9 +298,9 @@ def _tile_sparse_dkv_kernel(
 
     position = start + tl.arange(0, BLOCK_N)
     valid = position < tl.where(of_text, length, video)
-    place = _places(position, of_text, token_major, frames, inverse, frame, video_start, text_start)
-    k = _load(k_ptr + b * k_stride_b + m * k_stride_m, place * k_stride_s, valid, D, BLOCK_D, True)
-    v = _load(v_ptr + b * v_stride_b + m * v_stride_m, place * v_stride_s, valid, D, BLOCK_D, True)
+    place = places(position, of_text, token_major, frames, inverse, frame, video_start, text_start)
+    k = load_rows(k_ptr + b * k_stride_b + m * k_stride_m, place * k_stride_s, valid, D, BLOCK_D, True)
+    v = load_rows(v_ptr + b * v_stride_b + m * v_stride_m, place * v_stride_s, valid, D, BLOCK_D, True)
 
     listed = (kind == _STRIPE) & (of_text == 0)
     tile = start // TILE_N * TILE_N + tl.arange(0, TILE_N)
@@ -365,9 +313,9 @@ def _tile_sparse_dkv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for i in tl.range(low, end, BLOCK_M):
         t = i + tl.arange(0, BLOCK_M)
-        at = _places(t, False, token_major, frames, inverse, frame, video_start, text_start)
-        q = _load(q_ptr, at * q_stride_s, t >= 0, D, BLOCK_D, False)
-        do = _load(grad_ptr, at * grad_stride_s, t >= 0, D, BLOCK_D, False)
+        at = places(t, False, token_major, frames, inverse, frame, video_start, text_start)
+        q = load_rows(q_ptr, at * q_stride_s, t >= 0, D, BLOCK_D, False)
+        do = load_rows(grad_ptr, at * grad_stride_s, t >= 0, D, BLOCK_D, False)
         lse, delta = tl.load(lse_ptr + stat + at), tl.load(delta_ptr + stat + at)
         keep = (tl.abs(position[:, None] - t[None, :]) < width) & (column > 0)[:, None] if EXACT else True
         dk, dv = _dkv_step(k, v, q, do, lse, delta, keep, dk, dv, scale * LOG2E, EXACT)
@@ -375,9 +323,9 @@ def _tile_sparse_dkv_kernel(
     for i in tl.range(tl.where(short, 0, 1), tl.where(kind == _SKIP, 0, 1 + tl.cdiv(text, BLOCK_M))):
         t = tl.where(i == 0, video // BLOCK_M, i - 1) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = t < tl.where(i == 0, video, text)
-        at = _places(t, i > 0, token_major, frames, inverse, frame, video_start, text_start)
-        q = _load(q_ptr, at * q_stride_s, inside, D, BLOCK_D, True)
-        do = _load(grad_ptr, at * grad_stride_s, inside, D, BLOCK_D, True)
+        at = places(t, i > 0, token_major, frames, inverse, frame, video_start, text_start)
+        q = load_rows(q_ptr, at * q_stride_s, inside, D, BLOCK_D, True)
+        do = load_rows(grad_ptr, at * grad_stride_s, inside, D, BLOCK_D, True)
         # An infinite denominator takes queries past the end out.
         lse = tl.load(lse_ptr + stat + at, mask=inside, other=float("inf"))
         delta = tl.load(delta_ptr + stat + at, mask=inside, other=0.0)
@@ -391,8 +339,8 @@ def _tile_sparse_dkv_kernel(
     inside = position < tl.where(of_text, text, video)
     dk = tl.where(valid[:, None], dk * scale, 0.0)
     dv = tl.where(valid[:, None], dv, 0.0)
-    _store(dk_ptr + b * dk_stride_b + m * dk_stride_m, dk, place * dk_stride_s, inside, D, BLOCK_D)
-    _store(dv_ptr + b * dv_stride_b + m * dv_stride_m, dv, place * dv_stride_s, inside, D, BLOCK_D)
+    store_rows(dk_ptr + b * dk_stride_b + m * dk_stride_m, dk, place * dk_stride_s, inside, D, BLOCK_D)
+    store_rows(dv_ptr + b * dv_stride_b + m * dv_stride_m, dv, place * dv_stride_s, inside, D, BLOCK_D)
 
 
 class Plan(NamedTuple):
@@ -417,6 +365,8 @@ def _config(kernel: str, tile: tuple[int, int], block_d: int, dtype: torch.dtype
     }[kernel, full]
     block_m, block_n = min(tile[0], limits[0]), min(tile[1], limits[1])
     warps = 8 if block_m >= 128 or (wide and (full or block_m >= 64)) else 4
+    if block_m == 16 and not wide:
+        warps = 1
     stages = 1 if full and wide and kernel != "forward" else 2
     return dict(
         TILE_M=tile[0], TILE_N=tile[1], BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages
@@ -468,9 +418,15 @@ def forward(
     q, k, v = _unit_channels(q, k, v)
     ids, order, length = _tables(q, pattern_ids, table, layout, text_length)
     p, (B, M) = plan(layout, q.shape[-1], q.dtype, scale), q.shape[:2]
+    described = triton_descriptors.DESCRIPTORS and triton_descriptors.can_describe(layout, q, k, v)
+    if described:
+        triton_descriptors.forward_frame_major(
+            q, k, v, out, lse, ids, order, table.rows, table.tiles, length, layout, scale
+        )  # fmt: skip
     _tile_sparse_forward_kernel[p.programs["forward"] * M, B](
-        q, k, v, out, lse, ids, order, *table, length, *_strides(q, k, v, out), M, *p.sizes, **p.configs["forward"]
-    )
+        q, k, v, out, lse, ids, order, *table, length, *_strides(q, k, v, out), M, *p.sizes,
+        **p.configs["forward"], TOKEN_MAJOR=described,
+    )  # fmt: skip
     return out, lse
 
 
