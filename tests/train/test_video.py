@@ -83,7 +83,7 @@ def test_overfits_a_few_clips() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     # At first the prediction is zero, and the loss the mean square of the velocity.
     assert losses[0] > 1.2
     assert sum(losses[-4:]) / 4 < 0.4 * losses[0]

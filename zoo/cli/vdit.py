@@ -180,12 +180,15 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def load_pipeline(args: argparse.Namespace) -> Any:
-    """Load a diffusers pipeline as the arguments say."""
+    """Load a diffusers pipeline, or one of this package's small video DiTs, as the arguments say."""
     import diffusers
     import torch
 
+    from zoo.heads.video_dit import VideoDiTPipeline, is_video_dit
+
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = diffusers.DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype))
+    cls = VideoDiTPipeline if is_video_dit(args.pipeline) else diffusers.DiffusionPipeline
+    pipe = cls.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype))
     if args.offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
@@ -218,6 +221,8 @@ def save_video(video: Any, path: Path, fps: int) -> None:
     from diffusers.utils import export_to_video
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    if video.shape[-1] == 1:
+        video = video.repeat(3, axis=-1)
     export_to_video(list(video), str(path), fps=fps)
 
 

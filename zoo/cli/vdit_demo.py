@@ -21,20 +21,19 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipe = load_video_dit(args.model, torch.float32 if device.type == "cpu" else torch.bfloat16).to(device)
     pipe.set_progress_bar_config(disable=True)
-    labels = [int(label) if label.isdecimal() else label for label in args.labels]
     call = dict(num_frames=args.frames, num_inference_steps=args.steps, guidance_scale=args.guidance)
     args.out.mkdir(parents=True, exist_ok=True)
-    plan = find_plan(pipe, args, labels, call)
+    plan = find_plan(pipe, args, call)
     mean = sum(map(sum, plan.densities())) / (plan.num_bins * len(plan.layers))
     print(f"plan: mean density {mean:.2f} over all layers and noise levels")
-    dense, dense_seconds = generate(pipe, labels, args.seed, call)
+    dense, dense_seconds = generate(pipe, args.labels, args.seed, call)
     with sparse_vdit.use(pipe, plan):
-        sparse, sparse_seconds = generate(pipe, labels, args.seed, call)
+        sparse, sparse_seconds = generate(pipe, args.labels, args.seed, call)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print(f"time on {where}: dense {dense_seconds:.2f} s, sparse {sparse_seconds:.2f} s")
     if device.type == "cpu":
         print("A CPU runs the reference of sparse attention, which computes masked scores too and is not faster.")
-    for label, psnr, ssim in zip(labels, *fidelity(sparse, dense), strict=True):
+    for label, psnr, ssim in zip(args.labels, *fidelity(sparse, dense), strict=True):
         print(f"class {label}: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}")
     path = args.out / "dense_and_sparse.gif"
     side_by_side(dense, sparse, path)
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_plan(pipe: Any, args: argparse.Namespace, labels: list, call: dict[str, Any]) -> SparsePlan:
+def find_plan(pipe: Any, args: argparse.Namespace, call: dict[str, Any]) -> SparsePlan:
     """The plan that is asked for, the one beside the model, or a searched one, which is saved."""
     import torch
 
@@ -55,7 +54,7 @@ def find_plan(pipe: Any, args: argparse.Namespace, labels: list, call: dict[str,
     generator = torch.Generator().manual_seed(args.seed + 1)
     plan = sparse_vdit.search(
         pipe,
-        [{"labels": labels}],
+        [{"prompt": args.labels}],
         density=args.density,
         bins=3,
         samples_per_bin=1,

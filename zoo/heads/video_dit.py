@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,17 +65,18 @@ class VideoDiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        labels: int | str | Sequence[int | str],
+        prompt: int | str | Sequence[int | str],
         num_frames: int | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float = 2.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "np",
     ) -> VideoDiTOutput:
-        """Generate one clip for each label.
+        """Generate one clip for each class label.
 
         Args:
-            labels: Class numbers or names.
+            prompt: Class numbers or names. The name of the argument is that of other pipelines, so that
+                `zoo.sparse_vdit.search(pipe, ["Sneaker"])` and `zoo vdit` work as with them.
             num_frames: Frames of a clip; those of the training by default.
             num_inference_steps: Denoising steps.
             guidance_scale: Strength of classifier-free guidance; 1 is none.
@@ -93,7 +95,7 @@ class VideoDiTPipeline(DiffusionPipeline):
         if frames < 1 or num_inference_steps < 1:
             raise ValueError(f"needs at least one frame and step, got {frames} and {num_inference_steps}")
         device, dtype = self._execution_device, self.transformer.dtype
-        numbers = torch.tensor(self._numbers(labels), device=device)
+        numbers = torch.tensor(self._numbers(prompt), device=device)
         guided = guidance_scale != 1
         if guided:
             numbers = torch.cat([numbers, torch.full_like(numbers, self.num_classes)])
@@ -122,12 +124,13 @@ class VideoDiTPipeline(DiffusionPipeline):
         numbers = []
         for label in [labels] if isinstance(labels, (int, str)) else labels:
             number = names.index(label) if label in names else label
+            number = int(number) if isinstance(number, str) and number.isdecimal() else number
             if isinstance(number, str) or not 0 <= number < self.num_classes:
                 known = f": {', '.join(names)}" if names else ""
                 raise ValueError(f"no class {label!r}; there are {self.num_classes}{known}")
-            numbers.append(int(number))
+            numbers.append(number)
         if not numbers:
-            raise ValueError("labels must hold at least one class")
+            raise ValueError("prompt must hold at least one class")
         return numbers
 
 
@@ -148,6 +151,14 @@ def _decode(x: Tensor, output_type: str):
     return [[Image.fromarray(frame) for frame in clip] for clip in pixels]
 
 
+def is_video_dit(folder: str | Path) -> bool:
+    """Whether a folder holds a pipeline of this class, which diffusers alone does not know."""
+    index = Path(folder) / "model_index.json"
+    if not index.is_file():
+        return False
+    return json.loads(index.read_text(encoding="utf-8")).get("_class_name") == VideoDiTPipeline.__name__
+
+
 def load_video_dit(folder: str | Path | None = None, dtype: torch.dtype = torch.float32) -> VideoDiTPipeline:
     """Load a trained pipeline from a folder, by default the weights that come with the package.
 
@@ -155,8 +166,8 @@ def load_video_dit(folder: str | Path | None = None, dtype: torch.dtype = torch.
         FileNotFoundError: There is no pipeline; the message says how to train one.
     """
     path = WEIGHTS if folder is None else Path(folder)
-    if not (path / "model_index.json").is_file():
-        what = "This package has no embedded video DiT" if folder is None else f"{path} holds no pipeline"
+    if not is_video_dit(path):
+        what = "This package has no embedded video DiT" if folder is None else f"{path} holds no video DiT pipeline"
         raise FileNotFoundError(
             f"{what}. Train one on a GPU with `zoo fit --config video/video_dit_nano`, which writes the folder "
             "video_dit_nano, then give that folder (`zoo vdit demo --model video_dit_nano`)."

@@ -48,7 +48,7 @@ def _places(batch: int, frames: int, device: torch.device, generator: torch.Gene
     angle = draw(-0.35, 0.35, 1) + draw(-0.06, 0.06, 1) * time  # [B, F] radians
     # An image of half-width `scale` touches the border when its centre is `1 - scale` away from the middle.
     room = (1 - scale).unsqueeze(-1)  # [B, F, 1]
-    path = draw(-1, 1, 1, 2) + draw(-0.4, 0.4, 1, 2) * time[:, None]  # [B, F, 2]
+    path = draw(-1, 1, 1, 2) + draw(-0.7, 0.7, 1, 2) * time[:, None]  # [B, F, 2]
     centre = room * _bounce(path)
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     rows = torch.stack([cos, sin, -sin, cos], dim=-1).unflatten(-1, (2, 2))  # [B, F, 2, 2]
