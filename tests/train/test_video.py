@@ -48,6 +48,14 @@ def test_moving_images_draws_upright() -> None:
         moving_images(images[0], 4, 32)
 
 
+def test_moving_images_in_mixed_precision() -> None:
+    images = torch.rand(2, 1, 10, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        clips = moving_images(images, 4, 32, generator())
+    torch.testing.assert_close(clips, moving_images(images, 4, 32, generator()), rtol=0, atol=0)
+    assert moving_images(images.bfloat16(), 4, 32, generator()).dtype == torch.bfloat16
+
+
 def test_loss_of_the_true_velocity_is_zero() -> None:
     """The network is given exactly the noisy clip whose velocity it is to predict."""
     module = VideoDiffusion(**{**MODEL, "drop_label": 0.5})

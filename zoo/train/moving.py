@@ -24,9 +24,15 @@ def moving_images(images: Tensor, frames: int, size: int, generator: torch.Gener
     """
     if images.ndim != 4 or frames < 1 or size < 1:
         raise ValueError(f"needs images [B, C, h, w], frames and a size, got {tuple(images.shape)}, {frames}, {size}")
+    # Places in half precision would be off by a fraction of a pixel.
+    with torch.autocast(images.device.type, enabled=False):
+        return _render(images.float(), frames, size, generator).to(images.dtype)
+
+
+def _render(images: Tensor, frames: int, size: int, generator: torch.Generator | None) -> Tensor:
     batch, channels = images.shape[:2]
     # [B, F, 2, 3]
-    places = _places(batch, frames, images.device, generator).to(images.dtype)
+    places = _places(batch, frames, images.device, generator)
     # [B, F, 2, 3] -> [B * F, S, S, 2]
     grid = nn.functional.affine_grid(places.flatten(0, 1), [batch * frames, channels, size, size], align_corners=False)
     # Sampling fills with 0, which has to be black.
