@@ -16,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_search(actions.add_parser("search", help="search a plan for a pipeline"))
     _add_apply(actions.add_parser("apply", help="generate a video with a plan"))
     _add_report(actions.add_parser("report", help="draw a plan, with densities and speed"))
+    _add_demo(actions.add_parser("demo", help="small trained model: dense and sparse clips side by side"))
+    _add_export(actions.add_parser("export", help="turn a training checkpoint of a small video DiT into a pipeline"))
 
 
 def _add_pipeline(parser: argparse.ArgumentParser) -> None:
@@ -75,8 +77,41 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="pipeline folder (default: the weights of this package)")
+    parser.add_argument("--out", type=Path, default=Path("zoo_vdit_demo"), help="folder to write (%(default)s)")
+    parser.add_argument("--plan", type=Path, help="plan (default: plan.json of the model's folder, or a search)")
+    parser.add_argument("--labels", nargs="+", default=["0", "1", "7", "8"], help="class numbers or names (0 1 7 8)")
+    parser.add_argument("--density", type=float, default=0.5, help="of the search: mean density (default: %(default)s)")
+    parser.add_argument("--frames", type=_positive, help="video frames (default: those of the training)")
+    parser.add_argument("--steps", type=_positive, default=20, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
+    parser.add_argument("--device", help="device (default: cuda where there is one)")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="checkpoint of `zoo fit --config video/video_dit_nano`")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+
+
 def run(args: argparse.Namespace) -> int:
-    return {"search": run_search, "apply": run_apply, "report": run_report}[args.action](args)
+    actions = {"search": run_search, "apply": run_apply, "report": run_report, "demo": run_demo, "export": run_export}
+    return actions[args.action](args)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from zoo.cli.vdit_demo import run
+
+    return run(args)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    from zoo.train.video import export_pipeline
+
+    export_pipeline(args.checkpoint, args.out)
+    print(f"wrote {args.out}")
+    return 0
 
 
 def run_search(args: argparse.Namespace) -> int:
@@ -145,12 +180,15 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def load_pipeline(args: argparse.Namespace) -> Any:
-    """Load a diffusers pipeline as the arguments say."""
+    """Load a diffusers pipeline, or one of this package's small video DiTs, as the arguments say."""
     import diffusers
     import torch
 
+    from zoo.heads.video_dit import VideoDiTPipeline, is_video_dit
+
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = diffusers.DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype))
+    cls = VideoDiTPipeline if is_video_dit(args.pipeline) else diffusers.DiffusionPipeline
+    pipe = cls.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype))
     if args.offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
@@ -183,6 +221,8 @@ def save_video(video: Any, path: Path, fps: int) -> None:
     from diffusers.utils import export_to_video
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    if video.shape[-1] == 1:
+        video = video.repeat(3, axis=-1)
     export_to_video(list(video), str(path), fps=fps)
 
 
