@@ -1,4 +1,4 @@
-"""AgentSD on small, randomly initialised UNets: merging, schedule, installing and removing, and what users combine."""
+"""AgentSD on small, randomly initialised UNets: installing and removing, numerics, and what users combine."""
 
 from __future__ import annotations
 
@@ -9,313 +9,28 @@ import sys
 import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 import zoo
-from zoo.heads.agent_sd import Phase, merging, processor
-from zoo.heads.agent_sd.merging import destinations, match, select
-from zoo.heads.agent_sd.schedule import token_grid
+from zoo.heads.agent_sd import Phase, processor
 
-TEXT = 12
-AGENTS_ONLY = (Phase(1.0, (4, 4), 0.95),)
-MERGING_ONLY = (Phase(1.0, (2, 2), 0.5),)
-
-
-def make_unet(seed: int = 0, **config) -> UNet2DConditionModel:
-    """Two levels; attention at the latent's own resolution and, in the middle, at half of it."""
-    torch.manual_seed(seed)
-    config = (
-        dict(
-            sample_size=16,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            cross_attention_dim=TEXT,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        )
-        | config
-    )
-    return UNet2DConditionModel(**config).eval()
-
-
-def make_small_unet() -> UNet2DConditionModel:
-    """One level, three transformer blocks."""
-    return make_unet(
-        down_block_types=("CrossAttnDownBlock2D",),
-        mid_block_type=None,
-        up_block_types=("CrossAttnUpBlock2D",),
-        block_out_channels=(16,),
-    )
-
-
-def make_xl_unet(**config) -> UNet2DConditionModel:
-    """As in Stable Diffusion XL no attention at the latent's own resolution."""
-    return make_unet(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        **config,
-    )
-
-
-@pytest.fixture
-def unet() -> UNet2DConditionModel:
-    return make_unet()
-
-
-def latents(batch: int = 2, height: int = 16, width: int = 16) -> Tensor:
-    return torch.randn(batch, 4, height, width, generator=torch.Generator().manual_seed(1))
-
-
-def denoise(unet, x: Tensor, timestep=900) -> Tensor:
-    text = torch.randn(1, 5, TEXT, generator=torch.Generator().manual_seed(2)).to(x).expand(x.shape[0], -1, -1)
-    with torch.no_grad():
-        return unet(x, timestep, text).sample
-
-
-class Watch:
-    """Tokens that enter the self-attention of each block, and agents (0: none), call by call."""
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        self.rows = []
-        for name, module in unet.named_modules():
-            if name.endswith("attn1.to_k"):
-                module.register_forward_hook(lambda m, args, out: self.rows.append([args[0].shape[1], 0]))
-            if name.endswith("attn1.to_q"):
-                module.register_forward_hook(self._queries)
-
-    def _queries(self, module: nn.Module, args: tuple, out: Tensor) -> None:
-        # The queries of agents are projected after the keys.
-        if self.rows and module is self._last:
-            self.rows[-1][1] = args[0].shape[1]
-        self._last = None if self.rows and module is self._last else module
-
-    _last = None
-
-    def take(self) -> list[tuple[int, int]]:
-        rows, self.rows = [tuple(row) for row in self.rows], []
-        return rows
-
-
-class TinyPipeline(DiffusionPipeline):
-    """The denoising loop of Stable Diffusion with classifier-free guidance."""
-
-    def __init__(self, unet, scheduler) -> None:
-        super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
-
-    @torch.no_grad()
-    def __call__(self, steps: int, strength: float = 1.0) -> Tensor:
-        self.scheduler.set_timesteps(steps)
-        x, text = latents(1) * self.scheduler.init_noise_sigma, torch.zeros(2, 5, TEXT)
-        for t in self.scheduler.timesteps[steps - int(steps * strength) :]:
-            noise = self.unet(self.scheduler.scale_model_input(torch.cat((x, x)), t), t, text).sample
-            uncond, cond = noise.chunk(2)
-            x = self.scheduler.step(uncond + 3.0 * (cond - uncond), t, x).prev_sample
-        return x
-
-
-def make_pipeline(scheduler: str = "DDIMScheduler", unet=None, **config) -> TinyPipeline:
-    config = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1) | config
-    if scheduler == "PNDMScheduler":
-        config["skip_prk_steps"] = True
-    return TinyPipeline(unet or make_unet(), getattr(diffusers, scheduler)(**config))
-
-
-# --- Merging ---------------------------------------------------------------------------------------------------------
-
-
-def merged_by_loops(x: Tensor, y: Tensor, dst: list[int], count: int) -> tuple[Tensor, Tensor]:
-    """Merged y of one image and what unmerging gives, by the definition; zero tokens are like nothing."""
-    N = len(x)
-    unit = [t / t.norm() if t.norm() > 0 else t for t in x]
-    best = {}
-    for t in set(range(N)) - set(dst):
-        scores = [float(unit[t] @ unit[d]) for d in dst]
-        best[t] = (max(scores), dst[scores.index(max(scores))])
-    sources = sorted(best, key=lambda t: (-best[t][0], t))
-    moved = {t: best[t][1] for t in sources[:count]} | {d: d for d in dst}
-    kept = [t for t in range(N) if t not in moved]
-    means = {d: torch.stack([y[t] for t in moved if moved[t] == d]).mean(0) for d in dst}
-    return torch.stack([y[t] for t in kept] + [means[d] for d in dst]), torch.stack(
-        [means[moved[t]] if t in moved else y[t] for t in range(N)]
-    )
-
-
-@pytest.mark.parametrize("grid, cell, count", [((7, 9), (3, 2), 20), ((5, 6), (2, 2), 24), ((4, 8), (4, 4), 1)])
-def test_merging_equals_its_definition(grid, cell, count) -> None:
-    torch.manual_seed(0)
-    N = grid[0] * grid[1]
-    x, y = torch.randn(3, N, 6, dtype=torch.float64), torch.randn(3, N, 5, dtype=torch.float64)
-    x[0, 3] = 0
-    dst = destinations(grid, cell)
-    merge = select(match(x, dst), count)
-    merged = merge.merge(y)
-    assert merged.shape[1] == N - count
-    for b in range(3):
-        expected, back = merged_by_loops(x[b], y[b], dst.tolist(), count)
-        torch.testing.assert_close(merged[b], expected)
-        torch.testing.assert_close(merge.unmerge(merged)[b], back)
-
-
-def test_destinations() -> None:
-    assert destinations((5, 7), (2, 3)).tolist() == [0, 3, 14, 17]
-    offsets = torch.tensor([[5, 0], [1, 3]])
-    # Positions 5 and 3 of a cell of 2 x 3 lie in its second row.
-    assert destinations((5, 7), (2, 3), offsets).tolist() == sorted([7 + 2, 3, 14 + 1, 21 + 3])
-    assert destinations((3, 7), (4, 4)).numel() == 0
-
-
-def test_equal_tokens_merge_in_their_order_and_stay_finite() -> None:
-    x = torch.full((2, 64, 4), 3000.0, dtype=torch.float16)
-    dst = destinations((8, 8), (4, 4))
-    merge = select(match(x, dst), 10)
-    assert merge.kept[0].tolist() == [t for t in range(64) if t not in dst.tolist()][10:]
-    assert (merge.merge(x) == 3000).all()
-    # All merge into one: a plain sum would overflow.
-    everything = select(match(torch.zeros_like(x), dst), 60)
-    torch.testing.assert_close(everything.merge(x), x[:, :4])
-
-
-def test_all_sources_merge_without_ranking() -> None:
-    torch.manual_seed(0)
-    x, dst = torch.randn(2, 64, 8), destinations((8, 8), (4, 4))
-    ranked, unranked = select(match(x, dst), 60), select(match(x, dst, rank=False), 60)
-    assert all(torch.equal(a, b) for a, b in zip(ranked, unranked, strict=True))
-
-
-def test_large_grids_are_worked_off_in_parts(monkeypatch) -> None:
-    torch.manual_seed(0)
-    x, dst = torch.randn(2, 63, 8), destinations((9, 7), (2, 2))
-    whole = select(match(x, dst), 20)
-    monkeypatch.setattr(merging, "MAX_ELEMENTS", 10 * 2 * dst.numel())
-    parts = select(match(x, dst), 20)
-    assert torch.equal(whole.row, parts.row)
-    torch.testing.assert_close(whole.merge(x), parts.merge(x))
-
-
-def test_merging_has_gradients() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 20, 3, dtype=torch.float64, requires_grad=True)
-    merge = select(match(x, destinations((4, 5), (2, 2))), 9)
-    assert torch.autograd.gradcheck(merge.merge, x)
-    assert torch.autograd.gradcheck(merge.unmerge, torch.randn(2, 11, 3, dtype=torch.float64, requires_grad=True))
-
-
-def test_agents_beyond_the_kernel_run_as_two_attentions() -> None:
-    torch.manual_seed(0)
-    q, k, v, a = (torch.randn(2, n, 24) for n in (30, 20, 20, 5))
-    settings = (3, 0.4, 0.9)
-    torch.testing.assert_close(
-        processor.attend_twice(q, a, k, v, *settings), processor.attend(q, a, k, v, *settings), rtol=1e-5, atol=1e-6
-    )
-
-
-# --- Schedule --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "latent, tokens, expected",
-    [
-        ((16, 16), 256, (16, 16)),
-        ((15, 9), 40, (8, 5)),
-        ((17, 23), 30, (5, 6)),
-        ((1, 3), 2, (1, 2)),
-        ((1, 1), 0, None),
-        ((16, 16), 77, None),
-    ],
+from .agent_sd_unets import (
+    AGENTS_ONLY,
+    MERGING_ONLY,
+    TEXT,
+    TinyPipeline,
+    Watch,
+    denoise,
+    latents,
+    make_pipeline,
+    make_small_unet,
+    make_unet,
+    make_xl_unet,
+    merged_by_loops,
+    phases,
 )
-def test_token_grid(latent, tokens, expected) -> None:
-    assert token_grid(latent, tokens) == expected
-
-
-def phases(pipe: TinyPipeline, steps: int, **kwargs) -> list[bool]:
-    """Whether agents ran, for each call of the UNet in a run of the pipeline."""
-    watch = Watch(pipe.unet)
-    pipe(steps, **kwargs)
-    rows = watch.take()
-    finest = [row[1] > 0 for row in rows if row[0] > 64]
-    assert len(finest) % 3 == 0
-    return finest[::3]
-
-
-@pytest.mark.parametrize(
-    "scheduler, steps, calls",
-    [
-        ("DDIMScheduler", 10, [4, 6]),
-        ("DDIMScheduler", 7, [3, 4]),
-        ("DDIMScheduler", 1, [1, 0]),
-        # The second step is evaluated twice.
-        ("PNDMScheduler", 10, [5, 6]),
-        ("EulerDiscreteScheduler", 5, [2, 3]),
-        # All timesteps but the first one are evaluated twice.
-        ("HeunDiscreteScheduler", 5, [3, 6]),
-        ("UniPCMultistepScheduler", 6, [3, 3]),
-    ],
-)
-def test_phase_changes_at_two_fifths_of_the_steps(scheduler, steps, calls) -> None:
-    pipe = make_pipeline(scheduler)
-    zoo.agent_sd.apply(pipe, mode="official", seed=0)
-    expected = [True] * calls[0] + [False] * calls[1]
-    assert phases(pipe, steps) == expected
-
-
-def test_runs_follow_each_other_and_the_scheduler_may_change() -> None:
-    pipe = make_pipeline()
-    zoo.agent_sd.apply(pipe, mode="official")
-    assert sum(phases(pipe, 5)) == 2
-    # By the noise level it would be two of these.
-    assert sum(phases(pipe, 7)) == 3
-    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
-    assert sum(phases(pipe, 10)) == 4
-
-
-def test_image_to_image_starts_in_the_phase_of_its_first_step() -> None:
-    pipe = make_pipeline()
-    zoo.agent_sd.apply(pipe, mode="official")
-    assert phases(pipe, 10, strength=0.8) == [True] * 2 + [False] * 6
-
-
-@pytest.mark.parametrize("as_timestep", [int, float, torch.tensor, lambda t: torch.full((2,), t)])
-def test_unet_alone_goes_by_the_noise_level(unet, as_timestep) -> None:
-    watch = Watch(unet)
-    zoo.agent_sd.apply(unet, mode="official")
-    # The published loop of 50 steps: agents until timestep 601, merging from 581 on.
-    for timestep, agents in ((601, 16), (581, 0)):
-        denoise(unet, latents(), as_timestep(timestep))
-        assert [row[1] for row in watch.take()] == [agents, 0, agents, agents]
-
-
-def test_fast_mode_merges_for_softmax_alone_and_for_many_tokens_alone(unet) -> None:
-    watch, x = Watch(unet), latents()
-    zoo.agent_sd.apply(unet, min_merge_tokens=256)
-    denoise(unet, x, 900)
-    assert watch.take() == [(256, 16), (64, 0), (256, 16), (256, 16)]
-    denoise(unet, x, 100)
-    assert watch.take() == [(154, 0), (64, 0), (154, 0), (154, 0)]
-    zoo.agent_sd.apply(unet)
-    denoise(unet, x, 100)
-    assert watch.take() == [(256, 0), (64, 0), (256, 0), (256, 0)]
-
-
-def test_too_many_agents_leave_softmax(unet) -> None:
-    watch = Watch(unet)
-    zoo.agent_sd.apply(unet, ratio=0.5, mode="official", schedule=[Phase(1.0, (2, 2), 0.8)])
-    denoise(unet, latents())
-    assert watch.take()[0] == (128, 0)
-
-
-def test_max_downsample(unet) -> None:
-    watch = Watch(unet)
-    zoo.agent_sd.apply(unet, mode="official", max_downsample=2)
-    denoise(unet, latents())
-    assert watch.take() == [(154, 16), (64 - 25, 4), (154, 16), (154, 16)]
-
-
-# --- Installing and removing -----------------------------------------------------------------------------------------
 
 
 def state_of(unet: UNet2DConditionModel) -> dict:

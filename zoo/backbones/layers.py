@@ -44,8 +44,8 @@ class Mlp(nn.Module):
         if self.dwconv is not None:
             x = self.dwconv(x)
         if self.training and torch.compiler.is_compiling():
-            # Inductor would keep both sides of the activation for the backward pass; one is computed again for less
-            # than its memory is worth.
+            # Inductor would keep both sides of the activation, the widest maps of a block, for the backward pass. One
+            # can be computed again from the other.
             return self.fc2(checkpoint(self.act, x, use_reentrant=False, preserve_rng_state=False))
         return self.fc2(self.act(x))
 
