@@ -12,6 +12,9 @@ import yaml
 from zoo.bench import gate, main, models, report, runner, suites, timing
 from zoo.bench.ops import OPS, Op
 from zoo.bench.ops.bilevel_routing import plain_attention, routed_block_mask, sdpa_attention
+from zoo.bench.ops.tile_sparse_flex import flex, flex_kernel, gather_tokens
+from zoo.kernels.tile_sparse import density
+from zoo.kernels.tile_sparse.patterns import tile_map
 
 CPU = torch.device("cpu")
 
@@ -381,6 +384,48 @@ def test_block_mask_is_the_region_graph():
     padded[:, :length, :length] = expected
     blocks = padded.reshape(2, 5, 128, 5, 128).any(4).any(2)
     assert torch.equal(mask.to_dense()[:, 0].bool(), blocks)
+
+
+TILES = {
+    "batch": 2, "frames": 3, "height": 5, "width": 6, "heads": 6, "dim": 16, "tile": [32, 16],
+    "patterns": ["diagonal 0.5", "multi_diagonal 0.4", "stripe 0", "skip", "full", "multi_diagonal 0"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [{}, {"text": 20}, {"text": 16, "text_position": "first"}])
+def test_flex_attends_to_the_same_tiles(text):
+    op = OPS["tile_sparse_attention"]
+    inputs = op.make_inputs({**TILES, **text}, torch.float64, CPU)
+    with torch.no_grad():
+        torch.testing.assert_close(flex(inputs), op.reference(inputs))
+    layout = inputs["settings"]["layout"]
+    # Blocks are the tiles, whole ones but where keys fill up a tile.
+    tiles = torch.stack([tile_map(pattern, layout) for pattern in inputs["head_patterns"]]).int()
+    mask = inputs["flex"].mask
+    assert torch.equal(mask.to_dense()[0], tiles)
+    assert layout.tile == mask.BLOCK_SIZE
+    filled = {layout.key_tiles[0] - 1} | ({sum(layout.key_tiles) - 1} if text.get("text") == 20 else set())
+    partial = mask.kv_indices[0, 4, 0, : mask.kv_num_blocks[0, 4, 0]]
+    assert set(partial.tolist()) == filled
+
+
+def test_flex_without_gathers_is_forward_only():
+    inputs = OPS["tile_sparse_attention"].make_inputs(TILES, torch.float32, CPU)
+    with pytest.raises(NotImplementedError, match="forward only"):
+        flex_kernel(inputs)
+    with torch.no_grad():
+        tiles = flex_kernel(inputs)
+        torch.testing.assert_close(gather_tokens(tiles, inputs["flex"].place), flex(inputs), rtol=0, atol=0)
+
+
+def test_density_is_told_and_the_gate_takes_each_pattern_once():
+    op = OPS["tile_sparse_attention"]
+    shape = {**TILES, "heads": 24}
+    layout = op.layout(shape)
+    mean = sum(density(pattern, layout) for pattern in op.patterns(shape)) / 6
+    assert float(op.facts(shape)["density"]) == pytest.approx(mean, abs=1e-4)
+    assert op.gate_shape(shape)["heads"] == 6
+    assert op.gate_shape({**shape, "patterns": ["full", "skip", "full"]})["patterns"] == ["full", "skip"]
 
 
 def test_routing_is_judged(monkeypatch):

@@ -29,6 +29,8 @@ class Options:
     dtypes: tuple[str, ...] | None
     quick: bool
     profile: bool
+    # Of the suite; None leaves the default.
+    most_samples: int | None = None
 
     def wants(self, *parts: str) -> bool:
         """Whether every filter matches the description of a measurement."""
@@ -40,7 +42,8 @@ class Options:
         """Samples per measurement."""
         if self.quick:
             return 1
-        return 20 if self.device.type == "cuda" else 5
+        samples = 20 if self.device.type == "cuda" else 5
+        return min(samples, self.most_samples or samples)
 
 
 class Outcome:
@@ -169,6 +172,7 @@ def run(chosen: Sequence[suites.Suite], options: Options) -> int:
 def run_ops(suite: suites.Suite, options: Options, outcome: Outcome) -> None:
     """Gate and time every op, shape and dtype of a suite."""
     settings = suite.settings
+    options = dataclasses.replace(options, most_samples=settings.get("samples"))
     for name in settings["ops"]:
         op = OPS[name]
         for shape in settings["shapes"]:
@@ -187,7 +191,7 @@ def run_case(
     suite: suites.Suite, name: str, op: Op, shape: Mapping[str, Any], dtype: str, options: Options, outcome: Outcome
 ) -> None:
     """One op at one shape and dtype: the gate, then all modes and providers."""
-    device, config = options.device, describe(shape)
+    device, config = options.device, describe({**shape, **op.facts(shape)})
     allowed = suite.settings.get("providers")
     providers = {k: v for k, v in op.providers(device).items() if allowed is None or k in allowed}
     modes = suite.settings.get("modes", suites.OP_MODES)
@@ -205,7 +209,8 @@ def run_case(
     try:
         # What the filters leave out is not checked either: compiling a peer can take longer than all timings.
         chosen = [provider for provider in providers if any(provider == left for _, left in wanted)]
-        refused = gate.check(op, shape, suites.DTYPES[dtype], device, chosen)
+        backward = any(BASELINE_MODES[mode] for mode, _ in wanted)
+        refused = gate.check(op, shape, suites.DTYPES[dtype], device, chosen, backward)
     except Exception as error:  # a crash costs this case, never the rest of the run
         outcome.fail(f"{label}: refused, the correctness check did not run: {summary(error)}")
         return
@@ -239,7 +244,7 @@ def run_case(
                     **values,
                 )
             )
-        add_speedups(rows, op.baseline)
+        add_speedups(rows, suite.settings.get("baseline", op.baseline))
         outcome.add(rows)
 
 

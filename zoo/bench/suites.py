@@ -1,7 +1,8 @@
 """Suites: YAML files that say what to run, and where results go.
 
-An op suite has ``ops``, ``shapes``, ``dtypes``, ``modes`` and optionally ``providers``; a model suite has ``models``,
-``batch``, ``size``, ``dtypes``, ``modes``, ``compile``, ``channels_last`` and ``accelerate`` (time timm's models under
+An op suite has ``ops``, ``shapes``, ``dtypes``, ``modes`` and optionally ``providers``, ``baseline`` (whom speed-ups
+refer to) and ``samples`` (fewer than usual, for calls that take long); a model suite has ``models``, ``batch``,
+``size``, ``dtypes``, ``modes``, ``compile``, ``channels_last`` and ``accelerate`` (time timm's models under
 `zoo.accelerate` too). The sections ``cpu`` and ``quick`` override keys on a machine without a GPU and under
 ``--quick``.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-OP_KEYS = {"ops", "shapes", "dtypes", "modes", "providers", "batch"}
+OP_KEYS = {"ops", "shapes", "dtypes", "modes", "providers", "baseline", "batch", "samples"}
 MODEL_KEYS = {"models", "batch", "size", "dtypes", "modes", "compile", "channels_last", "accelerate"}
 OP_MODES = ("forward", "forward+backward")
 MODEL_MODES = ("inference", "train")
