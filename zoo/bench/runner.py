@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from zoo.bench import gate, models, report, suites, timing
+from zoo.bench import gate, models, report, suites, timing, unet_steps, video_steps
 from zoo.bench.ops import OPS, Inputs, Op, Provider, input_bytes
 
 BASELINE_MODES = {"forward": False, "forward+backward": True}
@@ -147,16 +147,13 @@ def run(chosen: Sequence[suites.Suite], options: Options) -> int:
     """Run suites one after the other."""
     failures, measured = 0, 0
     for suite in chosen:
-        if options.profile and suite.kind == "ops":
+        if options.profile and suite.kind != "models":
             note(f"{suite.name}: --profile is for model suites, skipped")
             continue
         saved = options.out or not options.quick
         path = (options.out or suites.results_folder()) / f"{suite.name}.csv" if saved else None
         outcome = Outcome(path)
-        if suite.kind == "ops":
-            run_ops(suite, options, outcome)
-        else:
-            run_models(suite, options, outcome)
+        RUNNERS[suite.kind](suite, options, outcome)
         failures += outcome.failures
         measured += len(outcome.rows)
         if outcome.rows:
@@ -390,3 +387,6 @@ def measure_model(job: models.Job, options: Options) -> dict[str, Any]:
     samples = options.samples // 2 if options.samples > 1 else 1
     time = timing.wall_time([step], job.device, samples, min_seconds=0.2 if on_gpu else 1e-3)
     return {"metric": "throughput", "unit": "img/s", **time.rate(job.batch)._asdict(), "memory_mib": peak}
+
+
+RUNNERS = {"ops": run_ops, "models": run_models, "transformers": video_steps.run, "unets": unet_steps.run}
