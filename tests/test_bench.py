@@ -271,6 +271,16 @@ def test_compiled_blocks_of_a_video_model_keep_their_split(name):
     assert all(0 < part < whole for part, whole in zip(dense.attention, dense.step, strict=True))
 
 
+def test_steps_in_fp8():
+    entry = small_entry("wan_14b")
+    model = video_steps.build_model(entry, torch.float32, CPU)
+    inputs, plan = video_steps.make_inputs(model, entry, torch.float32, CPU), video_steps.mixed_plan(model, entry)
+    exact, rounded = (
+        video_steps.run_provider(provider, model, plan, inputs, CPU, 1).out for provider in ("zoo", "zoo_fp8")
+    )
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
+
+
 def test_dense_attention_that_differs_is_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(video_steps, "dense_attention", lambda q, k, v: q + v)
     assert quick("video_steps", "--out", str(tmp_path), "--filter", "wan") == 1

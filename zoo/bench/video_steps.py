@@ -6,7 +6,7 @@ says. Providers:
 - ``stock``: the model as diffusers runs it, torch's attention preferring cuDNN.
 - ``dense``: the attention processors of a sparse plan, in which torch's attention (cuDNN alone on a GPU) takes all
   pairs, without a mask. The baseline: HunyuanVideo's own mask would keep it from the fast kernels.
-- ``zoo``: the same processors under the plan.
+- ``zoo``: the same processors under the plan; ``zoo_fp8`` with queries and keys in FP8.
 
 Attention is what happens between projected, normalised and rotated queries, keys and values, and the output
 projection.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from zoo.heads.sparse_vdit import SparsePlan
     from zoo.kernels.tile_sparse import Layout
 
-PROVIDERS = ("stock", "dense", "zoo")
+PROVIDERS = ("stock", "dense", "zoo", "zoo_fp8")
 COMPILE_MODES = ("none", "default")
 BASELINE = "dense"
 # Relative distance of `dense` from `stock` that rounding in 16 bits may leave behind some forty layers.
@@ -236,9 +236,8 @@ class TimedAttention:
         with self.clock.span():
             if self.dense:
                 return dense_attention(q, k, v)
-            return tile_sparse_attention(
-                q, k, v, ids, step.table, step.layout, text_length=text_length, backend=step.backend
-            )
+            options = dict(text_length=text_length, qk_dtype=step.qk_dtype, backend=step.backend)
+            return tile_sparse_attention(q, k, v, ids, step.table, step.layout, **options)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -260,10 +259,8 @@ def _(q, k, v, ids, text_length):
 
 
 @contextlib.contextmanager
-def installed(
-    model: nn.Module, plan: SparsePlan, dense: bool, device: torch.device, backend: str
-) -> Iterator[TimedAttention]:
-    """The plan's processors on a model, with timed attention."""
+def installed(model: nn.Module, plan: SparsePlan, provider: str, device: torch.device) -> Iterator[TimedAttention]:
+    """The plan's processors on a model, with the timed attention of a provider."""
     from zoo.heads.sparse_vdit.context import Step
     from zoo.heads.sparse_vdit.plugin import _install
 
@@ -271,9 +268,11 @@ def installed(
         def attention(self, processor, q, k, v, text_length):
             return torch.ops.zoo_bench.video_attention(q, k, v, processor.pattern_ids, text_length)
 
-    step = TimedStep(backend)
+    # The kernels, where there is a GPU, whether or not "auto" takes them.
+    backend = "triton" if device.type == "cuda" else "auto"
+    step = TimedStep(backend, torch.float8_e4m3fn if provider == "zoo_fp8" else None)
     with _install(model, plan, step, "error"):
-        yield TimedAttention(step, dense, device)
+        yield TimedAttention(step, provider == BASELINE, device)
 
 
 @contextlib.contextmanager
@@ -336,9 +335,7 @@ def run_provider(
         preference = sdpa_kernel(PREFERRED, set_priority=True) if device.type == "cuda" else contextlib.nullcontext()
         with preference:
             return measure(call, None, device, samples)
-    # The kernels, where there is a GPU, whether or not "auto" takes them.
-    backend = "triton" if device.type == "cuda" else "auto"
-    with installed(model, plan, provider == BASELINE, device, backend) as attention:
+    with installed(model, plan, provider, device) as attention:
         return measure(call, attention.clock, device, samples)
 
 
@@ -400,7 +397,7 @@ def run(suite: suites.Suite, options: Options, outcome: Outcome) -> None:
 
 
 def _wanted(suite: suites.Suite, entry: Mapping[str, Any], dtype: str, mode: str, options: Options) -> list[str]:
-    providers = entry.get("providers", suite.settings.get("providers", PROVIDERS))
+    providers = entry.get("providers", suite.settings.get("providers", PROVIDERS[:3]))
     config = describe(entry, mode)
     return [p for p in providers if options.wants(suite.name, entry["model"], config, dtype, "step", p)]
 
@@ -434,7 +431,7 @@ def _run_entry(
                 outcome.fail(f"{label}: refused, no time reported: {problem}")
                 continue
             columns = dict(suite=suite.name, name=entry["model"], provider=provider, config=config, dtype=dtype)
-            tables = table_time(plan, device) if provider == "zoo" else None
+            tables = table_time(plan, device) if provider.startswith("zoo") else None
             rows += [report.make_row(device, **row) for row in rows_of(found[provider], tables, **columns)]
         _add_speedups(rows)
         outcome.add(rows)

@@ -28,11 +28,12 @@ class TileSparseAttention(Op):
     optionally text, text_position, tile. Queries, keys and values lie in the memory of [B, S, M, D], as projections
     leave them. ``dense_flash`` and ``dense_cudnn`` compute all pairs, the attention that sparse patterns replace.
     ``flex`` is compiled FlexAttention of the same tiles with its gathers of tokens, ``flex_kernel`` without them.
-    Tables and masks of the patterns are built once for all layers and steps of a video, and not counted.
+    ``zoo_fp8`` multiplies queries and keys in FP8, with an error of its own. Tables and masks of the patterns are built
+    once for all layers and steps of a video, and not counted.
     """
 
     leaves = ("q", "k", "v")
-    alternatives = ("dense_flash", "dense_cudnn", "flex_kernel")
+    alternatives = ("dense_flash", "dense_cudnn", "flex_kernel", "zoo_fp8")
 
     @staticmethod
     def layout(shape):
@@ -81,22 +82,27 @@ class TileSparseAttention(Op):
     def providers(self, device):
         providers = {"zoo": self._zoo, "plain": self._plain}
         if device.type == "cuda":
+            providers["zoo_fp8"] = self._fp8
             providers.update(flex=flex, flex_kernel=flex_kernel)
             providers["dense_flash"] = self._flash
             providers["dense_cudnn"] = self._cudnn
         return providers
 
     @staticmethod
-    def _attend(inputs, backend: str):
+    def _attend(inputs, backend: str, **options):
         from zoo.kernels.tile_sparse import tile_sparse_attention
 
         tensors = (inputs[name] for name in ("q", "k", "v", "pattern_ids"))
-        return tile_sparse_attention(*tensors, **inputs["settings"], backend=backend)
+        return tile_sparse_attention(*tensors, **inputs["settings"], **options, backend=backend)
 
     @staticmethod
     def _zoo(inputs):
         # The kernels, where there is a GPU, whether or not "auto" takes them.
         return TileSparseAttention._attend(inputs, "triton" if inputs["q"].is_cuda else "auto")
+
+    @staticmethod
+    def _fp8(inputs):
+        return TileSparseAttention._attend(inputs, "triton", qk_dtype=torch.float8_e4m3fn)
 
     @staticmethod
     def _plain(inputs):
