@@ -59,7 +59,7 @@ def _tile_sparse_round_keys_kernel(
 def round_keys(
     k: Tensor, ids: Tensor, table: PatternTable, length: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Keys in FP8 [B, M, N, D], by position in the order of the head's pattern and whole tiles, and scales [B, M, tiles]."""
+    """Keys in FP8 [B, M, N, D], in the order of the head's pattern and whole tiles, and scales [B, M, tiles]."""
     (B, M, _, D), tiles, size = k.shape, sum(layout.key_tiles), layout.tile[1]
     rounded = torch.empty(B, M, tiles * size, D, dtype=FP8, device=k.device)
     scale = torch.empty(B, M, tiles, dtype=torch.float32, device=k.device)
