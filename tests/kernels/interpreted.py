@@ -353,8 +353,9 @@ def test_tile_sparse_attention(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["even", "odd"])
 def test_tile_sparse_attention_by_descriptors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_descriptors, "DESCRIPTORS", True)
     monkeypatch.setattr(triton_descriptors, "can_describe", lambda *tensors: True)
+    layout, D, *_ = SPARSE[name]
+    monkeypatch.setitem(triton_descriptors.CONFIGS, (D, layout.tile), {})
     test_tile_sparse_attention(name)
 
 

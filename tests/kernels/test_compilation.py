@@ -102,6 +102,8 @@ SPILLS = {
     # Heads of 128 channels, in float32 and on sm_100; not timed.
     "_tile_sparse_dq_kernel": 16,
     "_tile_sparse_dkv_kernel": 64,
+    # Faster on an H100 than the configurations without.
+    "_tile_sparse_descriptor_kernel": 88,
 }
 # The same for sm_80 alone, which keeps both factors of a product in registers.
 SPILLS_SM80 = {
@@ -284,16 +286,14 @@ def test_tile_sparse_compiles_in_fp8(name: str, arch: int, launches: list, tmp_p
     check(launches, arch, tmp_path)
 
 
-@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="other versions have not been made to compile it")
 @pytest.mark.parametrize("name", ["hunyuan", "cogvideox"])
 @pytest.mark.parametrize("keys", [64, 128])
 def test_tile_sparse_compiles_with_descriptors(
     name: str, keys: int, launches: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_descriptors, "DESCRIPTORS", True)
     monkeypatch.setattr(triton_descriptors, "can_describe", lambda *args: True)
     layout, *rest = SPARSE[name]
     monkeypatch.setitem(SPARSE, name, (replace(layout, tile=(128, keys)), *rest))
     launch_tile_sparse(name)
-    assert launches[0][0].__name__ == "_tile_sparse_descriptor_kernel"
+    assert [launch[0].__name__ for launch in launches[:2]] == ["_token_major_kernel", "_tile_sparse_descriptor_kernel"]
     check(launches, 90, tmp_path)

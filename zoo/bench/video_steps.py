@@ -165,13 +165,13 @@ def mixed_plan(model: nn.Module, entry: Mapping[str, Any]) -> SparsePlan:
     """A plan of a mean density: the search's default candidates in turn, between full heads (or skipped ones)."""
     from zoo.heads.sparse_vdit import CANDIDATES, SparsePlan, describe_model
     from zoo.heads.sparse_vdit.context import family_of
-    from zoo.kernels.tile_sparse import density, pattern_from_dict
+    from zoo.kernels.tile_sparse import DEFAULT_TILE, density, pattern_from_dict
 
     described, position = describe_model(model), family_of(model).text_position
     text = 0 if position == "none" else entry["text"]
     grid = (entry["frames"], entry["height"], entry["width"])
     patterns = [{"pattern": "full"}, {"pattern": "skip"}, *(c for c in CANDIDATES if c["pattern"] != "skip")]
-    fields = dict(text_position=position, tile=(128, 64), granularity="block", bins=(0, 1), patterns=patterns)
+    fields = dict(text_position=position, tile=DEFAULT_TILE, granularity="block", bins=(0, 1), patterns=patterns)
     calibrated = {"grid": list(grid), "text_length": text}
     empty = SparsePlan(described, assign=[[[0] * described["heads"]] * len(described["layers"])], **fields)
     layout: Layout = empty.layout(grid, text)

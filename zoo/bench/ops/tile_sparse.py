@@ -42,7 +42,7 @@ class TileSparseAttention(Op):
         text = shape.get("text", 0)
         grid = (shape["frames"], shape["height"], shape["width"])
         position = shape.get("text_position", "last") if text else "none"
-        return Layout(grid, text, position, tuple(shape.get("tile", (128, 64))))
+        return Layout(grid, text, position, **({"tile": tuple(shape["tile"])} if "tile" in shape else {}))
 
     @staticmethod
     def patterns(shape) -> list:
@@ -97,8 +97,7 @@ class TileSparseAttention(Op):
 
     @staticmethod
     def _zoo(inputs):
-        # The kernels, where there is a GPU, whether or not "auto" takes them.
-        return TileSparseAttention._attend(inputs, "triton" if inputs["q"].is_cuda else "auto")
+        return TileSparseAttention._attend(inputs, "auto")
 
     @staticmethod
     def _fp8(inputs):

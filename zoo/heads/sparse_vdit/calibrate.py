@@ -12,7 +12,7 @@ from zoo.heads.sparse_vdit.context import Step, family_of
 from zoo.heads.sparse_vdit.plan import uniform_plan
 from zoo.heads.sparse_vdit.plugin import _install, describe_model
 from zoo.heads.sparse_vdit.search import _arguments, _check_prompts, _uncompiled
-from zoo.kernels.tile_sparse import Layout, tile_sparse_attention
+from zoo.kernels.tile_sparse import DEFAULT_TILE, Layout, tile_sparse_attention
 
 
 class ColumnMass:
@@ -77,7 +77,7 @@ def calibrate_blocks(
     *,
     share: float = 0.1,
     rows: int = 64,
-    tile: tuple[int, int] = (128, 64),
+    tile: tuple[int, int] = DEFAULT_TILE,
     generator: torch.Generator | None = None,
     call_kwargs: Mapping[str, Any] | None = None,
     component: str = "transformer",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.hub import HubError, explain_errors
-from zoo.kernels.tile_sparse.patterns import Layout, Pattern, density, pattern_from_dict
+from zoo.kernels.tile_sparse.patterns import DEFAULT_TILE, Layout, Pattern, density, pattern_from_dict
 
 FORMAT = "zoo.sparse_vdit.plan"
 VERSION = 1
@@ -271,7 +271,7 @@ def uniform_plan(
     model: Mapping[str, Any],
     text_position: str,
     pattern: Mapping[str, Any] = FULL,
-    tile: Sequence[int] = (128, 64),
+    tile: Sequence[int] = DEFAULT_TILE,
     granularity: str = "block",
 ) -> SparsePlan:
     """A plan that gives every head of a model the same pattern at every noise level.

@@ -19,7 +19,7 @@ from zoo.heads.sparse_vdit.decide import decide_budget, decide_paper
 from zoo.heads.sparse_vdit.plan import FULL, MAX_PATTERNS, Grid, SparsePlan, uniform_plan
 from zoo.heads.sparse_vdit.plugin import _install, describe_model, transformer_of
 from zoo.heads.sparse_vdit.record import Losses, Recorder, measure_costs
-from zoo.kernels.tile_sparse import Pattern, density, pattern_from_dict
+from zoo.kernels.tile_sparse import DEFAULT_TILE, Pattern, density, pattern_from_dict
 
 METHODS = ("budget", "paper")
 WINDOWS = (0.5, 1.0, 1.5, 2.0, 3.0)
@@ -49,7 +49,7 @@ def search(
     dense_steps: float = 0.2,
     dense_layers: int = 0,
     grid: Grid | None = None,
-    tile: tuple[int, int] = (128, 64),
+    tile: tuple[int, int] = DEFAULT_TILE,
     granularity: str = "block",
     generator: torch.Generator | None = None,
     call_kwargs: Mapping[str, Any] | None = None,

@@ -2,6 +2,7 @@
 
 from zoo.kernels.tile_sparse.op import tile_sparse_attention
 from zoo.kernels.tile_sparse.patterns import (
+    DEFAULT_TILE,
     Diagonal,
     Full,
     Layout,
@@ -16,6 +17,7 @@ from zoo.kernels.tile_sparse.patterns import (
 )
 
 __all__ = [
+    "DEFAULT_TILE",
     "Diagonal",
     "Full",
     "Layout",

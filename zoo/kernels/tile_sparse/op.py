@@ -1,8 +1,5 @@
 """The registered op of pattern sparse attention and its public function.
 
-The kernels have compiled for sm_80, sm_90 and sm_100 and run under Triton's interpreter; they have not run on a GPU
-yet. Until they have, `backend="auto"` takes the reference, and `backend="triton"` runs them.
-
 Paper: Sparse-vDiT: Unleashing the Power of Sparse Attention to Accelerate Video Diffusion Transformers,
 arXiv:2506.03065.
 """
@@ -21,8 +18,6 @@ from zoo.kernels.tile_sparse.patterns import Layout, Pattern, PatternTable, patt
 
 MAX_HEAD = 128
 TILES = (16, 32, 64, 128)
-# Whether "auto" may take the kernels.
-TRUST_KERNELS = False
 # First compute capability with products in FP8: Ada, then Hopper and Blackwell.
 FP8_CAPABILITY = (8, 9)
 
@@ -269,7 +264,7 @@ def tile_sparse_attention(
         _check_fp8(qk_dtype, backend, q, k, v)
 
     def kernels_run(explain: bool) -> bool:
-        return (explain or TRUST_KERNELS) and can_run(q, k, v, layout, scale, explain)
+        return can_run(q, k, v, layout, scale, explain)
 
     kernels = use_triton(backend, kernels_run)
     args = (q, k, v, pattern_ids, *table, text_length, layout.to_sizes(), scale, kernels)

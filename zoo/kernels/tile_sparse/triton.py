@@ -1,8 +1,5 @@
 """Triton kernels of pattern sparse attention, then their launchers.
 
-The kernels compile for sm_80, sm_90 and sm_100 and agree with the reference under Triton's interpreter. They have not
-run on a GPU yet: configurations are chosen for registers and shared memory, not by time.
-
 One launch serves all heads of a layer, whatever their patterns. A program owns a tile of one head and reads the head's
 pattern from a table: a band walks a contiguous range of tiles on the other side, a stripe a list of key tiles, and both
 then walk the text. Tokens are counted by position in the order of the pattern, video and text apart. In token-major
@@ -103,7 +100,7 @@ def _tile_sparse_forward_kernel(
     k_scale_ptr, q_stride_b, q_stride_m, q_stride_s, k_stride_b, k_stride_m, k_stride_s, v_stride_b, v_stride_m, v_stride_s,
     out_stride_b, out_stride_m, out_stride_s, heads, frames, frame, text, video_start, text_start, inverse, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EXACT: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOKEN_MAJOR: tl.constexpr, FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale * q k^T) v over the keys of a pattern, and lse = log2 of the softmax denominator.
 
@@ -111,8 +108,8 @@ def _tile_sparse_forward_kernel(
     Bytes of a program: its queries and outputs, and the walked keys and values, which neighbouring programs of the
     head share in L2. FLOPs: 4 BLOCK_M D for each walked key. Compute-bound at the lengths of videos at any useful
     density; a skipped head costs its stores.
-    With TOKEN_MAJOR, programs of heads in frame-major order do nothing: another kernel has them. With FP8, keys are the
-    rounded ones of `round_keys`, less their mean, and so lse is none that a backward pass could use.
+    With FP8, keys are the rounded ones of `round_keys`, less their mean, and so lse is none that a backward pass could
+    use.
     """
     video = frames * frame
     rank, start, of_text = own_tile(heads, video, text, BLOCK_M)
@@ -128,9 +125,6 @@ def _tile_sparse_forward_kernel(
 
     position = start + tl.arange(0, BLOCK_M)
     inside = position < tl.where(of_text, text, video)
-    if TOKEN_MAJOR:
-        kind = tl.where(token_major, kind, _SKIP)
-        inside = position < tl.where(token_major, tl.where(of_text, text, video), 0)
     place = places(position, of_text, token_major, frames, inverse, frame, video_start, text_start)
     q = load_rows(q_ptr + b * q_stride_b + m * q_stride_m, place * q_stride_s, inside, D, BLOCK_D, True)
 
@@ -368,22 +362,24 @@ class Plan(NamedTuple):
 
 
 def _config(kernel: str, tile: tuple[int, int], block_d: int, dtype: torch.dtype) -> dict:
-    """Blocks, warps and stages of a kernel: such that registers do not spill."""
+    """Blocks, warps and stages of a kernel: such that registers do not spill, and the fastest tried on an H100."""
     wide, full = block_d > 64, dtype == torch.float32
     # Queries and keys of a step, by kernel and whether in float32.
     limits = {
-        ("forward", False): (128, 128) if not wide else (128, 64),
+        ("forward", False): (128, 64),
+        ("fp8", False): (128, 64),
         ("forward", True): (64, 32) if not wide else (32, 32),
+        ("fp8", True): (64, 32) if not wide else (32, 32),
         ("dq", False): (128, 64) if not wide else (64, 64),
         ("dq", True): (32, 32),
         ("dkv", False): (64, 64),
         ("dkv", True): (32, 32),
     }[kernel, full]
     block_m, block_n = min(tile[0], limits[0]), min(tile[1], limits[1])
-    warps = 8 if block_m >= 128 or (wide and (full or block_m >= 64)) else 4
+    warps = 8 if (block_m >= 128 and kernel != "forward") or (wide and (full or block_m >= 64)) else 4
     if block_m == 16 and not wide:
         warps = 1
-    stages = 1 if full and wide and kernel != "forward" else 2
+    stages = 1 if full and wide and kernel in ("dq", "dkv") else 2
     return dict(
         TILE_M=tile[0], TILE_N=tile[1], BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages
     )  # fmt: skip
@@ -399,7 +395,7 @@ def plan(layout: Layout, head_dim: int, dtype: torch.dtype, scale: float, fp8: b
     block_d = max(32 if fp8 else 16, triton.next_power_of_2(head_dim))
     programs, configs = {}, {}
     for kernel in ("forward", "dq", "dkv"):
-        config = _config(kernel, layout.tile, block_d, dtype)
+        config = _config("fp8" if fp8 and kernel == "forward" else kernel, layout.tile, block_d, dtype)
         block = config["BLOCK_N" if kernel == "dkv" else "BLOCK_M"]
         programs[kernel] = triton.cdiv(layout.video, block) + triton.cdiv(layout.text, block)
         configs[kernel] = dict(D=head_dim, BLOCK_D=block_d, EXACT=layout.granularity == "element", **config)
@@ -437,16 +433,14 @@ def forward(
         return out, lse
     q, k, v = _unit_channels(q, k, v)
     ids, order, length = _tables(q, pattern_ids, table, layout, text_length)
+    if not fp8 and triton_descriptors.can_describe(layout, q, k, v):
+        triton_descriptors.forward(q, k, v, out, lse, ids, order, table.rows, table.tiles, length, layout, scale)
+        return out, lse
     p, (B, M) = plan(layout, q.shape[-1], q.dtype, scale, fp8), q.shape[:2]
     k, k_scale = round_keys(k, ids, table, length, layout) if fp8 else (k, lse)
-    described = triton_descriptors.DESCRIPTORS and not fp8 and triton_descriptors.can_describe(layout, q, k, v)
-    if described:
-        triton_descriptors.forward_frame_major(
-            q, k, v, out, lse, ids, order, table.rows, table.tiles, length, layout, scale
-        )  # fmt: skip
     _tile_sparse_forward_kernel[p.programs["forward"] * M, B](
         q, k, v, out, lse, ids, order, *table, length, k_scale, *_strides(q, k, v, out), M, *p.sizes,
-        **p.configs["forward"], TOKEN_MAJOR=described, FP8=fp8,
+        **p.configs["forward"], FP8=fp8,
     )  # fmt: skip
     return out, lse
 
