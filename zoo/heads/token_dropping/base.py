@@ -187,6 +187,13 @@ class TokenDropper(Method):
         """
         return contextlib.nullcontext()
 
+    def lengths(self, images: list[ImageGrid], packer: Packer) -> list[int] | None:
+        """Number of tokens of each image, newlines included, where it follows from the images' sizes; else None.
+
+        Known counts save a read back from the device and allow the capture of launches.
+        """
+        return None
+
     @abstractmethod
     def reduce(self, vision: Vision, packer: Packer) -> Kept:
         """Choose or merge the tokens of all images, and put them in order."""
@@ -204,7 +211,7 @@ class TokenSelector(TokenDropper):
 
     def reduce(self, vision: Vision, packer: Packer) -> Kept:
         """Pack the selected patches."""
-        return packer.pack(vision, self.select(vision, packer))
+        return packer.pack(vision, self.select(vision, packer), self.lengths(vision.images, packer))
 
 
 class AttentionEdit(Method):
@@ -263,3 +270,21 @@ def check_budget(budget: Budget | None, default: float | None) -> Budget | None:
     if budget < 1 and isinstance(budget, int):
         raise ValueError(f"a budget of type int is a number of tokens, at least 1, got {budget}.")
     return budget
+
+
+def each_budget(budget: Budget, images: int) -> list[float | int]:
+    """One budget for each image.
+
+    Raises:
+        ValueError: A sequence of another length.
+    """
+    if not isinstance(budget, list):
+        return [budget] * images
+    if len(budget) != images:
+        raise ValueError(f"budget has an entry for {len(budget)} images, but the call brings {images}.")
+    return budget
+
+
+def total_tokens(budget: float | int, tokens: int) -> int:
+    """Number of tokens of a budget; a fraction is cut, not rounded, as published."""
+    return min(int(tokens * budget), tokens) if isinstance(budget, float) else min(budget, tokens)
