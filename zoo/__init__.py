@@ -14,7 +14,7 @@ from zoo.factory import create_model, list_models, model_info
 
 __all__ = ["__version__", "accelerate", "accelerated", "create_model", "list_models", "model_info", "restore"]
 
-_PLUGINS = {"agent_sd": "zoo.heads.agent_sd", "sparse_vdit": "zoo.heads.sparse_vdit"}
+_PLUGINS = {"agent_sd": "zoo.heads.agent_sd", "sparse_vdit": "zoo.heads.sparse_vdit", "hired": "zoo.heads.token_dropping"}
 
 
 def __getattr__(name: str):

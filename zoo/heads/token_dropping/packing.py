@@ -126,13 +126,10 @@ def layout(images: tuple[ImageGrid, ...], legacy: bool, newline: bool, device: t
         mosaic = image.mosaic(legacy=legacy)
         order, lines = torch.arange(image.patches), torch.zeros(image.patches, dtype=torch.int64)
         count = mosaic.shape[0]
-        line = torch.arange(1, count + 1)[:, None].expand(-1, mosaic.shape[1])
         if newline:
+            # Behind an image without sub-images it ends the whole image, line 0.
             mosaic = F.pad(mosaic, (0, 1), value=NEWLINE) if count else torch.full((1, 1), NEWLINE)
-            # A newline token behind an image without sub-images ends the whole image, line 0.
-            line = (
-                torch.arange(1, count + 1)[:, None].expand(-1, mosaic.shape[1]) if count else torch.zeros(1, 1).long()
-            )
+        line = (torch.arange(1, count + 1) if count else torch.zeros(mosaic.shape[0]).long())[:, None].expand_as(mosaic)
         order, lines = torch.cat((order, mosaic.flatten())), torch.cat((lines, line.flatten()))
         source.append(order)
         patch.append(torch.where(order < 0, 0, order + first))
