@@ -71,8 +71,8 @@ class Family:
         expected = "default" if tower.prefix else "full"
         if strategy != expected:
             raise NotImplementedError(
-                f"token dropping needs features of patches alone, vision_feature_select_strategy={expected!r} with this "
-                f"tower, got {strategy!r}."
+                f"token dropping needs features of patches alone: vision_feature_select_strategy={expected!r} with "
+                f"this tower, got {strategy!r}."
             )
         return tower
 
@@ -164,9 +164,9 @@ class OneVision(Next):
             return super().encode(dropper, tower, packer, pixels, images)
         if not isinstance(dropper, TokenSelector):
             raise NotImplementedError(
-                f"method {dropper.name!r} makes new tokens in the tower, but this model resamples the mosaic of an image "
-                f"as large as {max(image.size for image in images)}: choose a method that selects tokens ('hired', "
-                "'spatial', 'random') or smaller images."
+                f"method {dropper.name!r} makes new tokens, but this model resamples the mosaic of images as large as "
+                f"{max(image.size for image in images)}: choose a method that selects tokens ('hired', 'spatial', "
+                "'random') or smaller images."
             )
         if packer.legacy:
             raise NotImplementedError("grid='legacy' belongs to LLaVA-NeXT; resampled mosaics need grid='fixed'.")

@@ -87,7 +87,7 @@ class Hired(TokenSelector):
     def is_identity(self) -> bool:
         """Whether the budget is everything."""
         budgets = self.budget if isinstance(self.budget, list) else [self.budget]
-        return all(isinstance(budget, float) and budget == 1 for budget in budgets)
+        return all(map(_is_all, budgets))
 
     def probes(self, tower: Tower) -> Probes:
         """Scores of the two layers."""
@@ -126,13 +126,22 @@ def _totals(image: ImageGrid, budget: float | int, rule: Rule, capacity: list[in
     total = total_tokens(budget, tokens)
     if not capacity:
         return total, 0
+    if _is_all(budget):
+        # More than there is, so that rounding keeps no patch back.
+        return image.patches, sum(capacity) + (0 if rule.exact else len(capacity))
     base = min(int(total * rule.alpha), image.patches)
     rest = min(total - base, sum(capacity))
     # Exactly: what the sub-images cannot take goes back to the whole image.
     return (total - rest if rule.exact else base), rest
 
 
-def _hits(image: ImageGrid, rule: Rule) -> int:
+def _is_all(budget: float | int) -> bool:
+    return isinstance(budget, float) and budget == 1
+
+
+def _hits(image: ImageGrid, budget: float | int, rule: Rule) -> int:
+    if _is_all(budget):
+        return -1
     if rule.allocation == "official":
         # Nothing to count at alpha = 1: sub-images are alike.
         return int(image.patches * (1 - rule.alpha)) or -1
@@ -187,7 +196,7 @@ def _plan(
         rows["region"].append(regions(image, rule.allocation).tolist())
         rows["base"].append(base)
         rows["rest"].append(rest)
-        rows["hits"].append(_hits(image, rule))
+        rows["hits"].append(_hits(image, budget, rule))
         rows["capacity"].append(capacity + [0] * (most - len(capacity)))
         first += image.partitions
     tensors = {name: torch.tensor(values, dtype=torch.int32).to(device) for name, values in rows.items()}

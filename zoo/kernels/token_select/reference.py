@@ -65,7 +65,7 @@ def cls_attention_backward(
 
 def top_mask(scores: Tensor, count: Tensor) -> Tensor:
     """[R, N], [R] -> [R, N] bool: the `count` first places of each row; of equal scores, the earlier place."""
-    rank = scores.argsort(-1, descending=True, stable=True).argsort(-1)
+    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return rank < count[:, None]
 
 
