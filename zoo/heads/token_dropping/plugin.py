@@ -138,7 +138,7 @@ class TokenDroppingHandle:
         if mask is not None or trimmed.padded:
             kwargs["attention_mask"] = trimmed.attention_mask
         kwargs.update(trimmed.aligned)
-        return stock(**self._with_images(trimmed.token_ids, encoded, generate=False), **kwargs)
+        return stock(**self._with_images(trimmed, encoded, generate=False), **kwargs)
 
     def _generate(self, stock: Callable, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         token_ids = kwargs.pop("input_ids", None)
@@ -156,7 +156,7 @@ class TokenDroppingHandle:
             kwargs.update(trimmed.aligned, attention_mask=trimmed.attention_mask)
             self.prompt_length = trimmed.token_ids.shape[1]
             kwargs = self._with_lengths(token_ids.shape[1] - self.prompt_length, kwargs)
-            arguments = self._with_images(trimmed.token_ids, encoded, generate=True, chunks=_chunks(args, kwargs))
+            arguments = self._with_images(trimmed, encoded, generate=True, chunks=_chunks(args, kwargs))
         return self._with_prompt(stock(None, *args, **arguments, **kwargs), token_ids)
 
     def _check(self, token_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -196,7 +196,7 @@ class TokenDroppingHandle:
             aligned=aligned,
             past=past,
         )
-        return trimmed._replace(token_ids=torch.cat((head, trimmed.token_ids), 1)) if old else trimmed
+        return trimmed._replace(token_ids=torch.cat((head, trimmed.token_ids), 1), cached=old)
 
     def _places(self, encoded: Encoded) -> list[Tensor]:
         """Places of the kept tokens in the stock model's order of each image."""
@@ -217,23 +217,26 @@ class TokenDroppingHandle:
         configs = (self.model.generation_config, self.model.config, self.model.config.get_text_config())
         return next((x for x in (getattr(c, "pad_token_id", None) for c in configs) if x is not None), 0)
 
-    def _with_images(self, token_ids: Tensor, encoded: Encoded, generate: bool, chunks: bool = False) -> dict[str, Any]:
+    def _with_images(self, trimmed: Trimmed, encoded: Encoded, generate: bool, chunks: bool = False) -> dict[str, Any]:
         """Token ids and images as the stock functions take them."""
-        if "mm_encoder_outputs" in inspect.signature(type(self.model).forward).parameters:
+        if takes_encoded_images(self.model):
             from transformers.modeling_outputs import BaseModelOutputWithPooling
 
             images = BaseModelOutputWithPooling(pooler_output=encoded.embeddings)
-            return {"input_ids": token_ids, "mm_encoder_outputs": {"image": images}}
+            return {"input_ids": trimmed.token_ids, "mm_encoder_outputs": {"image": images}}
         if chunks:
             raise NotImplementedError("this version of transformers cannot read images in chunks; 5.23 or later can.")
-        embeddings = self.embed(token_ids, encoded)
-        return {"input_ids": token_ids, "inputs_embeds": embeddings} if generate else {"inputs_embeds": embeddings}
+        embeddings = self.embed(trimmed.token_ids, encoded, trimmed.cached)
+        return (
+            {"input_ids": trimmed.token_ids, "inputs_embeds": embeddings} if generate else {"inputs_embeds": embeddings}
+        )
 
-    def embed(self, token_ids: Tensor, encoded: Encoded) -> Tensor:
-        """[B, L] trimmed ids -> [B, L, D], images in their places."""
+    def embed(self, token_ids: Tensor, encoded: Encoded, cached: int = 0) -> Tensor:
+        """[B, L] trimmed ids -> [B, L, D] with images in their places, except in the first `cached` columns."""
         embeddings = self.model.get_input_embeddings()(token_ids)
-        places = (token_ids == self.model.config.image_token_id)[..., None]
-        return embeddings.masked_scatter(places, torch.cat(encoded.embeddings).to(embeddings))
+        places = token_ids == self.model.config.image_token_id
+        places[:, :cached] = False
+        return embeddings.masked_scatter(places[..., None], torch.cat(encoded.embeddings).to(embeddings))
 
     def _with_lengths(self, dropped: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Limits on the whole length, which count the prompt as the caller knows it."""
@@ -259,6 +262,11 @@ class TokenDroppingHandle:
             yield
         finally:
             self.method.end()
+
+
+def takes_encoded_images(model: nn.Module) -> bool:
+    """Whether forward() and generate() take encoded images, as from transformers 5.23 on, and not embeddings only."""
+    return "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
 
 
 def _chunks(args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -20,12 +20,14 @@ class Trimmed(NamedTuple):
         attention_mask: [B, L] int64; with the columns of earlier tokens if there is a cache.
         aligned: The other tensors along the tokens.
         padded: Whether any row has padding.
+        cached: Columns of `token_ids` that are in the cache already.
     """
 
     token_ids: Tensor
     attention_mask: Tensor
     aligned: dict[str, Tensor]
     padded: bool
+    cached: int = 0
 
 
 class Lengths(NamedTuple):
