@@ -211,6 +211,7 @@ def measure(args: argparse.Namespace, handle: Any, inputs: dict[str, Any], launc
     import gc
 
     import torch
+    import torch._dynamo
 
     from zoo.bench.timing import synchronize, wall_time
 
@@ -220,7 +221,8 @@ def measure(args: argparse.Namespace, handle: Any, inputs: dict[str, Any], launc
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     # generate() would go on with a larger static cache of an earlier setting.
-    handle.model.__dict__.pop("_cache", None)
+    handle.model.__dict__.pop("_previous_max_cache_length", None)
+    torch._dynamo.reset()
     first, several, sizes = calls(args, handle, inputs, launch)
     cache_bytes, visual_tokens, prompt_tokens = sizes()
     with torch.no_grad():
