@@ -1,0 +1,62 @@
+"""Runners of the cases of the methods beside HiRED; `test_hired.py` collects them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from zoo.heads.token_dropping.base import Vision
+from zoo.heads.token_dropping.packing import ImageGrid, Packer
+from zoo.heads.token_dropping.towers import Tower
+from zoo.heads.token_dropping.visionzip import VisionZip
+
+from . import fill
+
+if TYPE_CHECKING:
+    from .test_hired import Case
+
+
+def vision_tower(case: Case) -> nn.Module:
+    """A CLIP tower of transformers with the case's weights."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(**case.kwargs["vision_config"], attn_implementation="eager")
+    tower = CLIPVisionModel(config).eval()
+    prefix = "vision_tower.vision_model."
+    tower.load_state_dict({k.removeprefix(prefix): x for k, x in case.weights().items() if k.startswith(prefix)})
+    return tower
+
+
+def run_tower(case: Case, method: object) -> tuple[Vision, Packer]:
+    """The tower under a method, on the case's images as single partitions."""
+    spec = case.inputs["pixel_values"]
+    pixels = fill.image(spec["fill_image"], spec["shape"])
+    for edit in spec["edits"]:
+        pixels[edit["image"]][:, slice(*edit["rows"]), slice(*edit["cols"])] += edit["add"]
+    tower = Tower(vision_tower(case), case.kwargs.get("vision_feature_layer", -2))
+    image = ImageGrid((0, 0), (tower.pixels, tower.pixels), tower.side, tower.pixels)
+    return tower.run(pixels, [image] * len(pixels), method.probes(tower)), Packer(has_newline=False)
+
+
+def stacked(x: Tensor, images: int) -> Tensor:
+    """[L, ...] -> [images, L / images, ...]."""
+    return x.unflatten(0, (images, -1))
+
+
+@torch.no_grad()
+def run_visionzip(case: Case) -> None:
+    dominant, contextual = case.kwargs["dominant"], case.kwargs["contextual"]
+    method = VisionZip(dominant + contextual, contextual=contextual)
+    vision, packer = run_tower(case, method)
+    kept, images = method.reduce(vision, packer), len(vision.images)
+    assert kept.lengths == method.lengths(vision.images, packer)
+    case.check("features", stacked(kept.features, images))
+    source = stacked(kept.source, images)[:, :dominant]
+    case.check("kept_index_sorted", torch.where(source < 0, 0, source + 1))
+
+
+RUNNERS = {
+    "VisionZip": run_visionzip,
+}
