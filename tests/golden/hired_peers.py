@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from zoo.heads.token_dropping.base import Vision
+from zoo.heads.token_dropping.base import Prompt, Vision
+from zoo.heads.token_dropping.fastv import FastV
 from zoo.heads.token_dropping.packing import ImageGrid, Packer
 from zoo.heads.token_dropping.towers import Tower
 from zoo.heads.token_dropping.visionzip import VisionZip
@@ -57,6 +59,45 @@ def run_visionzip(case: Case) -> None:
     case.check("kept_index_sorted", torch.where(source < 0, 0, source + 1))
 
 
+def language_model(case: Case) -> nn.Module:
+    """A Llama of transformers with the case's weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    kwargs = dict(case.kwargs)
+    rope = {"rope_type": "default", "rope_theta": kwargs.pop("rope_theta")}
+    config = LlamaConfig(**kwargs, rope_parameters=rope, attn_implementation=case.spec["attn_implementation"])
+    model = LlamaForCausalLM(config).eval()
+    assert sum(p.numel() for p in model.parameters()) == case.spec["num_params"]
+    model.load_state_dict(case.weights())
+    return model
+
+
+@torch.no_grad()
+def run_fastv(case: Case) -> None:
+    model, spec = language_model(case), case.inputs["inputs_embeds"]
+    x = fill.image(spec["fill_image"], spec["shape"])
+    first, count = (case.spec["fastv"][f"image_token_{name}"] for name in ("start_index", "length"))
+    image = torch.zeros(x.shape[:2], dtype=torch.bool)
+    image[:, first : first + count] = True
+    for implementation in (case.spec["attn_implementation"], "sdpa"):
+        model.set_attn_implementation(implementation)
+        for layer in case.spec["fastv"]["k"]:
+            for ratio in case.spec["fastv"]["r"]:
+                method = FastV(1 - ratio, layer=layer)
+                hooks = method.install(model.model)
+                method.begin(Prompt(image, torch.ones_like(image)))
+                cache = DynamicCache(config=model.config)
+                logits = model(inputs_embeds=x, past_key_values=cache).logits
+                method.end()
+                for hook in hooks:
+                    hook.remove()
+                kept = case.expected[f"k{layer}.r{ratio:g}.kept_positions"].long()
+                assert cache.get_seq_length(layer - 1) == x.shape[1] and cache.get_seq_length(layer) == len(kept)
+                case.check(f"k{layer}.r{ratio:g}.logits", logits[:, kept])
+                case.check(f"k{layer}.r{ratio:g}.kept_positions", logits[0].any(-1).nonzero()[:, 0])
+
+
 RUNNERS = {
+    "FastV": run_fastv,
     "VisionZip": run_visionzip,
 }
