@@ -27,7 +27,7 @@ def check_decoder(language_model: nn.Module, method: str, implementations: tuple
     """Whether a decoder can be edited.
 
     Raises:
-        NotImplementedError: Layers of another kind than Llama's, sliding windows, an attention implementation outside
+        NotImplementedError: Layers of another kind than Llama's, an attention implementation outside
             `implementations`, or a version of transformers that sizes one mask for all layers.
     """
     from transformers.masking_utils import create_causal_mask
@@ -38,11 +38,6 @@ def check_decoder(language_model: nn.Module, method: str, implementations: tuple
         raise NotImplementedError(
             f"{method} needs a decoder with the layers of Llama, Mistral or Qwen2, whose attention projects by "
             f"{', '.join(MODULES)} and does not normalise queries; got {type(language_model).__name__}."
-        )
-    if getattr(config, "sliding_window", None) is not None:
-        raise NotImplementedError(
-            f"{method} needs full attention, but the decoder has sliding_window={config.sliding_window}: set "
-            "model.config.text_config.sliding_window = None if prompts are shorter than it."
         )
     if implementations and config._attn_implementation not in implementations:
         raise NotImplementedError(
@@ -56,6 +51,18 @@ def check_decoder(language_model: nn.Module, method: str, implementations: tuple
 def is_empty(cache: Any) -> bool:
     """Whether nothing is cached."""
     return cache is None or not bool(cache.get_seq_length())
+
+
+def check_window(config: Any, cache: Any, tokens: int, method: str) -> None:
+    """Raises NotImplementedError where a sequence outgrows the decoder's sliding window."""
+    window = getattr(config, "sliding_window", None)
+    if window is None:
+        return
+    seen = 0 if cache is None else cache.get_seq_length()
+    if tokens + int(seen) > window:
+        raise NotImplementedError(
+            f"{method} needs full attention: a sequence of {tokens + int(seen)} tokens exceeds sliding_window={window}."
+        )
 
 
 def check_fresh(cache: Any, method: str) -> None:
@@ -216,12 +223,14 @@ class LayerDropper(AttentionEdit):
         if self._prompt is not None and (cache is None or not self._read):
             name = type(self).__name__
             check_fresh(cache, name)
+            check_window(self._model.config, None, L, name)
             prompt = fit_prompt(self._prompt, B, L, cache is not None, name)
             return Reading(prompt, cache, [None] * len(self._model.layers), shape=(B, L))
         views = getattr(cache, _VIEWS, None)
         # A cache that was reset and is used again has forgotten its images. (Asking a static one waits for the device.)
         if views is None or (L > 1 and is_empty(cache)):
             return None
+        check_window(self._model.config, cache, L, type(self).__name__)
         return Reading(None, cache, views, shape=(B, L))
 
     def _enter(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:

@@ -65,7 +65,9 @@ class FastV(LayerDropper):
     def observe(self, language_model: nn.Module) -> list[Removable]:
         """Hooks on the query and key projections of the layer before."""
         if self.layer >= len(language_model.layers):
-            raise ValueError(f"layer must be below {len(language_model.layers)}, the decoder's layers, got {self.layer}.")
+            raise ValueError(
+                f"layer must be below {len(language_model.layers)}, the decoder's layers, got {self.layer}."
+            )
         attention = language_model.layers[self.layer - 1].self_attn
 
         def keep_query(module: nn.Module, args: tuple, out: Tensor) -> None:

@@ -157,7 +157,7 @@ def merge_rest(features: Tensor, metric: Tensor, count: int) -> Tensor:
     targets, others = _targets(features.shape[1], count, features.device)
     metric = F.normalize(metric, dim=-1)
     nearest = (metric[:, others] @ metric[:, targets].mT).argmax(-1)  # [P, R - count]
-    member = F.one_hot(nearest, count).float()
+    member = (nearest[..., None] == torch.arange(count, device=nearest.device)).float()  # [P, R - count, count]
     mean = member.mT @ features[:, others].float() / member.sum(1).clamp(min=1)[..., None]
     return (features[:, targets] + mean).to(features.dtype)
 
