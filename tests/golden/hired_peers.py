@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from zoo.heads.token_dropping.base import Prompt, Vision
+from zoo.heads.token_dropping import tome
+from zoo.heads.token_dropping.base import MERGED, Prompt, Vision
 from zoo.heads.token_dropping.fastv import FastV
 from zoo.heads.token_dropping.packing import ImageGrid, Packer
+from zoo.heads.token_dropping.prumerge import PruMerge, outlier_counts
 from zoo.heads.token_dropping.towers import Tower
 from zoo.heads.token_dropping.visionzip import VisionZip
+from zoo.kernels.token_select import cls_attention
 
 from . import fill
 
@@ -97,7 +101,43 @@ def run_fastv(case: Case) -> None:
                 case.check(f"k{layer}.r{ratio:g}.kept_positions", logits[0].any(-1).nonzero()[:, 0])
 
 
+@torch.no_grad()
+def run_prumerge(case: Case) -> None:
+    options = {"prumerge": {}, "prumerge_plus": {"plus": True}, "prumerge_ratio0.1": {"budget": 0.1}}
+    for name, kwargs in options.items():
+        method = PruMerge(**kwargs)
+        vision, packer = run_tower(case, method)
+        kept = method.reduce(vision, packer)
+        layer = method._layer
+        row = cls_attention(vision.queries[layer][:, 0], vision.keys[layer], 1)[:, 0, 1:]
+        case.check("cls_attn_layer23_single_head", row)
+        assert outlier_counts(row).tolist() == [round(case.spec["reduction_ratio"] * row.shape[1])]
+        case.check(f"{name}.features", kept.features[None])
+        assert kept.source[-1] == MERGED
+        case.check(f"{name}.kept_index", kept.source[:-1])
+
+
+def run_tome(case: Case) -> None:
+    x, metric, metric2 = (
+        fill.image(case.inputs[k]["fill_image"], case.inputs[k]["shape"]) for k in ("x", "metric", "metric2")
+    )
+    first = tome.match(metric, case.kwargs["r1"], class_token=case.kwargs["class_token"])
+    x1, size1 = tome.merge_mean(x, torch.ones(*x.shape[:2], 1), first)
+    case.check("x1", x1)
+    case.check("size1", size1[..., 0])
+    case.check("source1", tome.merge_sum(torch.eye(x.shape[1]).expand(x.shape[0], -1, -1), first).to(torch.uint8))
+    second = tome.match(metric2, case.kwargs["r2"], class_token=case.kwargs["class_token"])
+    x2, size2 = tome.merge_mean(x1, size1, second)
+    case.check("x2", x2)
+    case.check("size2", size2[..., 0])
+    case.check("unmerged2", tome.unmerge(x2, second))
+    for key, expected in case.spec["r_schedules"].items():
+        assert tome.parse_r(*ast.literal_eval(key)) == expected, key
+
+
 RUNNERS = {
+    "prumerge": run_prumerge,
+    "ToMe": run_tome,
     "FastV": run_fastv,
     "VisionZip": run_visionzip,
 }

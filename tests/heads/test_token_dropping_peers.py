@@ -15,7 +15,12 @@ from .vlm_models import IMAGE, TEXT, build, inputs_of, row_of
 
 SQUARE, WIDE, TALL = (30, 28), (14, 40), (48, 17)
 NAMES = ["llava", "next_llama", "next_mistral"]
-DROPPERS = {"visionzip": {"budget": 0.3}}
+DROPPERS = {
+    "visionzip": {"budget": 0.3},
+    "prumerge": {"budget": 0.2},
+    "prumerge+": {"plus": True},
+    "tome": {"budget": 0.4},
+}
 EDITS = {"fastv": {"budget": 0.4}}
 
 
@@ -63,7 +68,7 @@ def test_a_batch_of_mixed_sizes_equals_one_by_one_and_remove_restores(model: nn.
     sizes = [SQUARE, WIDE, TALL]
     inputs = inputs_of(model, [[size] for size in sizes])
     stock, before = model(**inputs).logits, hooks(model)
-    with zoo.hired.apply(model, method=method, **{**DROPPERS, **EDITS}[method]) as handle:
+    with zoo.hired.apply(model, method=method.removesuffix("+"), **{**DROPPERS, **EDITS}[method]) as handle:
         logits, tokens = model(**inputs).logits, generate(model, inputs)
         assert logits.shape != stock.shape or not torch.allclose(logits, stock, atol=1e-3)
         for b in range(len(sizes)):
