@@ -10,7 +10,8 @@ import zoo
 from .vlm_models import NAMES, build, inputs_of
 
 SQUARE, WIDE, OTHER = (30, 28), (14, 40), (29, 30)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -73,3 +74,21 @@ def test_what_cannot_be_captured_is_explained() -> None:
         pytest.raises(NotImplementedError, match="attn_implementation='sdpa'"),
     ):
         handle.capture(inputs)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_kernels_choose_what_the_reference_chooses(name: str, device: str) -> None:
+    cpu, gpu = build(name), build(name).to(device)
+    inputs = inputs_of(cpu, [[SQUARE], [WIDE]])
+    images = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    for options in (dict(), dict(exact=True, allocation="paper")):
+        with zoo.hired.apply(cpu, 0.3, **options) as expected, zoo.hired.apply(gpu, 0.3, **options) as actual:
+            reference, encoded = (
+                expected.encode(**images),
+                actual.encode(**{k: v.to(device) for k, v in images.items()}),
+            )
+        assert torch.equal(encoded.source.cpu(), reference.source)
+        torch.testing.assert_close(
+            torch.cat(encoded.embeddings).cpu(), torch.cat(reference.embeddings), rtol=1e-2, atol=1e-3
+        )

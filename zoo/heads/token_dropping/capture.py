@@ -171,7 +171,7 @@ class CapturedGeneration:
         self._tables = (
             self._packer.layout(self._images, device),
             self._packer.candidates(self._images, device),
-            getattr(self._dropper, "plan", lambda *args: None)(self._images, self._packer, device),
+            self._dropper.plan(self._images, self._packer, device),
         )
 
     @property
@@ -234,7 +234,7 @@ class CapturedGeneration:
     def _next(self, logits: Tensor) -> None:
         """Greedy choice; rows that have ended go on with padding."""
         token = logits.argmax(-1).masked_fill(self._ended, self._pad)
-        self._ended.logical_or_(torch.isin(token, self._eos))
+        self._ended.logical_or_((token[:, None] == self._eos).any(-1))
         self._token.copy_(token[:, None])
 
     def _step(self) -> None:
