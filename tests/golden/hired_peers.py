@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from zoo.heads.token_dropping import tome
+from zoo.heads.token_dropping import tome, var
+from zoo.heads.token_dropping.aki import AKI, mutual_mask
 from zoo.heads.token_dropping.base import MERGED, Prompt, Vision
 from zoo.heads.token_dropping.fastv import FastV
 from zoo.heads.token_dropping.packing import ImageGrid, Packer
@@ -135,7 +136,49 @@ def run_tome(case: Case) -> None:
         assert tome.parse_r(*ast.literal_eval(key)) == expected, key
 
 
+def run_var(case: Case) -> None:
+    spec, kwargs = case.inputs, case.kwargs
+    hidden = fill.image(spec["hidden"]["fill_image"], spec["hidden"]["shape"])
+    for token in spec["hidden"]["sinks"]:
+        # Sinks are loud in one of two channels.
+        hidden[:, token, kwargs["sink_dims"][0 if token % 2 else 1]] *= 400
+    sinks = var.find_sinks(hidden, kwargs["sink_dims"], kwargs["tau"])
+    case.check("sink_index", sinks[0].nonzero()[:, 0])
+    start, end = kwargs["image_start"], kwargs["image_start"] + kwargs["image_len"]
+    logits = 1.5 * fill.image(spec["logits"]["fill_image"], spec["logits"]["shape"])
+    logits[:, 0, :, start:end] += 2
+    logits[:, 1, :, spec["hidden"]["sinks"]] += 6
+    L = logits.shape[-1]
+    if kwargs["prefill"]:
+        logits = logits.masked_fill(torch.ones(L, L).triu(1).bool(), -torch.inf)
+    attention = logits.softmax(-1)
+    case.check("attention", attention)
+    image, rows = torch.zeros(1, L, dtype=torch.bool), torch.ones(1, L, dtype=torch.bool)
+    image[:, start:end] = True
+    rows[:, : end if kwargs["prefill"] else 0] = False
+    settings = var.Settings(kwargs["tau"], kwargs["rho"], kwargs["summ"], kwargs["p"])
+    new, passing = var.redistribute(attention, image, sinks, rows, settings)
+    case.check("selected_head_query", passing[0].nonzero())
+    case.check("redistributed", new)
+    torch.testing.assert_close(new.sum(-1), attention.sum(-1))
+
+
+def run_aki(case: Case) -> None:
+    for i, spec in enumerate(case.inputs["cases"]):
+        attended = torch.tensor([spec["attention_mask"]], dtype=torch.bool)
+        T = attended.shape[1]
+        place = torch.arange(T)
+        image = ((place >= spec["image_start"]) & (place < spec["text_start"]))[None]
+        # A token that no other is ends the question.
+        ids = (place == spec["text_end"]).long()[None]
+        question = AKI(end_token=1).question(Prompt(image, attended, ids))
+        causal = (place <= place[:, None]) & attended[:, None, None]
+        case.check(f"mask{i}", mutual_mask(causal, image, question)[0, 0])
+
+
 RUNNERS = {
+    "VAR": run_var,
+    "modality-mutual": run_aki,
     "prumerge": run_prumerge,
     "ToMe": run_tome,
     "FastV": run_fastv,
