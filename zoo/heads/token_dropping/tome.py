@@ -116,12 +116,14 @@ def schedule(layers: int, tokens: int, keep: int) -> list[int]:
     Raises:
         ValueError: A block can remove half of its tokens only.
     """
+    least = -(-tokens // 2**layers)
+    if keep < least:
+        raise ValueError(f"merging in {layers} blocks cannot leave {keep} of {tokens} tokens: {least} at least.")
     out, left = [], tokens
-    for i in range(layers):
-        out.append(min(-((keep - left) // (layers - i)), left // 2))
+    for later in reversed(range(layers)):
+        # An equal share, but enough that halving in all later blocks gets there.
+        out.append(min(max(-((keep - left) // (later + 1)), left - keep * 2**later), left // 2))
         left -= out[-1]
-    if left > keep:
-        raise ValueError(f"merging in {layers} blocks cannot leave {keep} of {tokens} tokens: {left} at least.")
     return out
 
 
