@@ -6,8 +6,8 @@ arXiv:2411.19628.
 A step draws a layer, runs the model with all tokens and once more without visual tokens from that layer on, and labels
 a prompt "leave" if its answer stays the same. The router of the layer learns that label.
 
-    zoo fit --model zoo.train.dyvte.DyVTETraining --model.model llava-hf/llava-1.5-7b-hf \\
-        --model.save_to routers.safetensors --data YOUR_DATA_MODULE --trainer.max_epochs 1
+    zoo fit --model zoo.train.dyvte.DyVTETraining --model.init_args.model llava-hf/llava-1.5-7b-hf \\
+        --model.init_args.save_to routers.safetensors --data YOUR_DATA_MODULE --trainer.max_epochs 1
 """
 
 from __future__ import annotations
