@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.heads.token_dropping.base import AttentionEdit, Prompt, Removable
+from zoo.heads.token_dropping.gathering import take
 
 _VIEWS = "_zoo_token_views"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -255,8 +256,8 @@ class LayerDropper(AttentionEdit):
         before, reading.view, reading.replaced = reading.view, view, {}
         if reading.prompt is not None and view.columns is not None and (before is None or before.columns is None):
             columns = view.columns
-            hidden = _gather(hidden, columns)
-            cos, sin = (_gather(x, columns) for x in kwargs["position_embeddings"])
+            hidden = take(hidden, columns)
+            cos, sin = (take(x.expand(len(columns), -1, -1), columns) for x in kwargs["position_embeddings"])
             reading.replaced["position_embeddings"] = cos, sin
             if kwargs.get("position_ids") is not None:
                 reading.replaced["position_ids"] = kwargs["position_ids"].expand(reading.shape).gather(1, columns)
@@ -285,9 +286,3 @@ class LayerDropper(AttentionEdit):
         hidden = args[0] if view.valid is None else args[0] * view.valid[..., None]
         full = hidden.new_zeros(*reading.shape, hidden.shape[-1])
         return (full.scatter(1, view.columns[..., None].expand_as(hidden), hidden), *args[1:])
-
-
-def _gather(x: Tensor, columns: Tensor) -> Tensor:
-    """[B or 1, L, C], [B, K] -> [B, K, C]."""
-    x = x.expand(columns.shape[0], -1, -1)
-    return x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))

@@ -22,6 +22,7 @@ from zoo.heads.token_dropping.base import (
     check_budget,
     each_budget,
 )
+from zoo.heads.token_dropping.gathering import as_tensor, first_patches, leading_rows, take
 from zoo.heads.token_dropping.packing import ImageGrid, Packer
 from zoo.heads.token_dropping.towers import Tower
 from zoo.kernels.token_select import cls_attention
@@ -105,30 +106,22 @@ class PruMerge(TokenDropper):
             outliers = outlier_counts(attention)
             count = _cut(N, device)[outliers]
         else:
-            count = outliers = torch.tensor(fixed, device=device)
+            count = outliers = as_tensor(tuple(fixed), device)
         order, kept = _order(attention, count, _distance(N, device)[outliers] if self.plus else None)
         counts = fixed if fixed is not None and not self.plus else kept.sum(1).tolist()
         index = order[:, : max(counts)]  # [P, K]
         features = merge_neighbours(vision.patches, keys[:, vision.prefix :], attention, index)
         rest = torch.einsum("pn,pnc->pc", attention * ~kept, vision.patches.float())
         tokens = torch.cat((features, rest[:, None].to(features.dtype)), 1)  # [P, K + 1, C]
-        slot = _slots(vision.images, index.shape[1]).to(device)
-        source = torch.cat((index + slot, torch.full_like(slot, MERGED)), 1)
-        # Rows of partition p: its first counts[p] tokens, and the last one.
-        width = tokens.shape[1]
-        rows = [row for p, n in enumerate(counts) for row in (*range(p * width, p * width + n), (p + 1) * width - 1)]
-        rows = torch.tensor(rows).to(device, non_blocking=True)
+        first = first_patches(tuple(vision.images), device)
+        source = torch.cat((index + first, torch.full_like(first, MERGED)), 1)
+        rows = leading_rows(tuple(counts), tokens.shape[1], device)
         return Kept(tokens.flatten(0, 1)[rows], _per_image(vision.images, counts), source.flatten()[rows])
 
 
 def _per_image(images: list[ImageGrid], counts: list[int]) -> list[int]:
     parts = torch.tensor(counts).split([image.partitions for image in images])
     return [int(part.sum()) + len(part) for part in parts]
-
-
-def _slots(images: list[ImageGrid], width: int) -> Tensor:
-    """[P, 1] partition * N within the image."""
-    return torch.cat([image.patches * torch.arange(image.partitions) for image in images])[:, None]
 
 
 def outlier_counts(attention: Tensor) -> Tensor:
@@ -176,10 +169,10 @@ def merge_neighbours(features: Tensor, keys: Tensor, attention: Tensor, index: T
     Returns:
         [P, K, C].
     """
-    keys, rows = F.normalize(keys.float(), dim=-1), torch.arange(len(index), device=index.device)[:, None]
-    likeness = keys[rows, index] @ keys.mT  # [P, K, N]
+    keys = F.normalize(keys.float(), dim=-1)
+    likeness = take(keys, index) @ keys.mT  # [P, K, N]
     likeness = likeness.scatter(2, index[..., None], -torch.inf)
     nearest = likeness.topk(min(NEIGHBOURS, likeness.shape[2] - 1), dim=2).indices
     weight = attention[:, None].expand_as(likeness).gather(2, nearest)
     weight = torch.zeros_like(likeness).scatter(2, nearest, weight)
-    return (features[rows, index] + weight @ features.float()).to(features.dtype)
+    return (take(features, index) + weight @ features.float()).to(features.dtype)

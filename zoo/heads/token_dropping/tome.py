@@ -24,6 +24,7 @@ from zoo.heads.token_dropping.base import (
     check_budget,
     total_tokens,
 )
+from zoo.heads.token_dropping.gathering import first_patches, take
 from zoo.heads.token_dropping.packing import ImageGrid, Packer
 from zoo.heads.token_dropping.towers import Tower
 
@@ -40,10 +41,6 @@ class Match(NamedTuple):
     stay: Tensor
     move: Tensor
     target: Tensor
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def match(metric: Tensor, r: int, *, class_token: bool = False) -> Match:
@@ -74,7 +71,7 @@ def merge_sum(x: Tensor, match: Match) -> Tensor:
     even, odd = x[:, ::2], x[:, 1::2]
     # A product with the assignment, not a scatter, so that sums have one order.
     member = (match.target[..., None] == torch.arange(odd.shape[1], device=x.device)).to(x.dtype)  # [B, r, T / 2]
-    return torch.cat((_take(even, match.stay), odd + member.mT @ _take(even, match.move)), 1)
+    return torch.cat((take(even, match.stay), odd + member.mT @ take(even, match.move)), 1)
 
 
 def merge_mean(x: Tensor, size: Tensor, match: Match) -> tuple[Tensor, Tensor]:
@@ -89,7 +86,7 @@ def unmerge(x: Tensor, match: Match) -> Tensor:
     even, odd = x[:, :alone], x[:, alone:]
     out = x.new_empty(x.shape[0], x.shape[1] + match.move.shape[1], x.shape[2])
     out[:, 1::2] = odd
-    for index, values in ((match.stay, even), (match.move, _take(odd, match.target))):
+    for index, values in ((match.stay, even), (match.move, take(odd, match.target))):
         out.scatter_(1, 2 * index[..., None].expand_as(values), values)
     return out
 
@@ -257,10 +254,9 @@ class ToMe(TokenDropper):
             raise NotImplementedError(f"ToMe has no rows to end: use newline='drop', got {packer.newline!r}.")
         state, self._state = self._state, _Merging()
         first, order = state.first[:, vision.prefix :].sort(1)  # [P, K]
-        slot = torch.cat([image.patches * torch.arange(image.partitions) for image in vision.images])
-        source = first + slot.to(first.device)[:, None]
+        source = first + first_patches(tuple(vision.images), first.device)
         if state.size is not None:
             alone = state.size[:, vision.prefix :, 0].gather(1, order) == 1
             source = torch.where(alone, source, MERGED)
         lengths = self.lengths(vision.images, packer)
-        return Kept(_take(vision.patches, order).flatten(0, 1), lengths, source.flatten())
+        return Kept(take(vision.patches, order).flatten(0, 1), lengths, source.flatten())

@@ -25,6 +25,7 @@ from zoo.heads.token_dropping.base import (
     each_budget,
     total_tokens,
 )
+from zoo.heads.token_dropping.gathering import first_patches, take
 from zoo.heads.token_dropping.packing import ImageGrid, Packer
 from zoo.heads.token_dropping.towers import Tower
 
@@ -124,21 +125,16 @@ class VisionZip(TokenDropper):
         # [P, T, C] -> [P, N, D], mean over heads
         metric = keys[:, prefix:].unflatten(-1, (vision.heads, -1)).float().mean(-2)
         patches = features[:, prefix:]
-        contextual = merge_rest(_take(patches, rest), _take(metric, rest), counts.contextual)
-        tokens = torch.cat((features[:, :prefix], _take(patches, dominant), contextual), 1)  # [P, K, C]
+        contextual = merge_rest(take(patches, rest), take(metric, rest), counts.contextual)
+        tokens = torch.cat((features[:, :prefix], take(patches, dominant), contextual), 1)  # [P, K, C]
         table = _table(tuple(images), prefix, counts.contextual, legacy, features.device)
         place = torch.cat((table.cls, table.patch.gather(1, dominant), table.contextual), 1)  # [P, K]
         source = torch.cat(
-            (table.cls.new_full(table.cls.shape, CLS), dominant + table.first,
+            (table.cls.new_full(table.cls.shape, CLS), dominant + first_patches(tuple(images), dominant.device),
              table.cls.new_full(table.contextual.shape, MERGED)), 1,
         )  # fmt: skip
         sequence = place.flatten().argsort()
         return tokens.flatten(0, 1)[sequence], source.flatten()[sequence]
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """[P, N, C], [P, K] -> [P, K, C]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def merge_rest(features: Tensor, metric: Tensor, count: int) -> Tensor:
@@ -178,13 +174,11 @@ class Table(NamedTuple):
         patch: [P, N] of patches.
         cls: [P, prefix] of CLS tokens.
         contextual: [P, K] of contextual tokens.
-        first: [P, 1] partition * N within the image.
     """
 
     patch: Tensor
     cls: Tensor
     contextual: Tensor
-    first: Tensor
 
 
 @functools.lru_cache(64)
@@ -201,6 +195,6 @@ def _table(images: tuple[ImageGrid, ...], prefix: int, contextual: int, legacy: 
             torch.cat((bounds[a] + torch.arange(n), bounds[b] + torch.arange(subs * n))).view(image.partitions, n)
             for a, b, n in ((0, 4, prefix), (2, 5, contextual))
         ]
-        rows.append(Table(patch.view(-1, N), *sections, N * torch.arange(image.partitions)[:, None]))
+        rows.append(Table(patch.view(-1, N), *sections))
         start = int(bounds[5]) + subs * contextual
     return Table(*(torch.cat(x).to(device) for x in zip(*rows, strict=True)))
