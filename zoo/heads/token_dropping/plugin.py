@@ -172,10 +172,12 @@ class TokenDroppingHandle:
             self.prompt_length = token_ids.shape[1]
             with self._editing(token_ids, kwargs):
                 return stock(given, *args, **kwargs)
-        mask = kwargs.pop("attention_mask", None)
+        mask, past = kwargs.pop("attention_mask", None), _past_length(kwargs.get("past_key_values"))
+        # A cache is continued with the ids of everything so far, or with the new ones.
+        cached = past if token_ids.shape[1] > past else 0
         with torch.no_grad():
             # Generation reads the last place of each row.
-            trimmed, encoded = self._read(token_ids, mask, "left", kwargs)
+            trimmed, encoded = self._read(token_ids, mask, "left", kwargs, cached)
             self.prompt_length = trimmed.token_ids.shape[1]
             kwargs["attention_mask"] = trimmed.attention_mask
             kwargs = self._with_lengths(token_ids.shape[1] - self.prompt_length, kwargs)
@@ -200,9 +202,9 @@ class TokenDroppingHandle:
         return torch.where((embeddings == placeholder).all(-1), image, int(image == 0))
 
     def _read(
-        self, token_ids: Tensor, mask: Tensor | None, side: str, kwargs: dict[str, Any]
+        self, token_ids: Tensor, mask: Tensor | None, side: str, kwargs: dict[str, Any], cached: int = 0
     ) -> tuple[Trimmed, Encoded]:
-        """Take the images out of the arguments, encode them, and trim the prompts.
+        """Take the images out of the arguments, encode them, and trim the prompts behind the first `cached` columns.
 
         Where the counts are known, prompts are trimmed first: then nothing waits for the device.
         """
@@ -218,7 +220,7 @@ class TokenDroppingHandle:
             lengths = encoded.lengths
         places = self._places(encoded) if self.positions == "original" else None
         stock = self.packer.stock_lengths(images)
-        trimmed = self._trim(token_ids, mask, Lengths(stock, lengths, places), side, kwargs, device)
+        trimmed = self._trim(token_ids, mask, Lengths(stock, lengths, places), side, cached, kwargs, device)
         if encoded is None:
             encoded = self.family.encode(self.method, tower, self.packer, partitions, images)
         self.lengths = encoded.lengths
@@ -230,6 +232,7 @@ class TokenDroppingHandle:
         mask: Tensor | None,
         lengths: Lengths,
         side: str,
+        cached: int,
         kwargs: dict[str, Any],
         device: torch.device,
     ) -> Trimmed:
@@ -238,9 +241,7 @@ class TokenDroppingHandle:
         if embeddings is not None:
             aligned["inputs_embeds"] = embeddings.movedim(-1, 0)  # [D, B, L]
         past = _past_length(kwargs.get("past_key_values"))
-        # generate() continues a cache with the ids of everything so far.
-        old = past if token_ids.shape[1] > past and side == "left" else 0
-        head, token_ids = token_ids[:, :old], token_ids[:, old:]
+        head, token_ids = token_ids[:, :cached], token_ids[:, cached:]
         if self.positions == "original" and "position_ids" not in aligned:
             if past:
                 raise NotImplementedError("positions='original' cannot continue a cache; pass position_ids.")
@@ -256,9 +257,9 @@ class TokenDroppingHandle:
             past=past,
             device=device,
         )
-        if not old:
+        if not cached:
             return trimmed
-        return trimmed._replace(token_ids=torch.cat((head.to(device), trimmed.token_ids), 1), cached=old)
+        return trimmed._replace(token_ids=torch.cat((head.to(device), trimmed.token_ids), 1), cached=cached)
 
     def _places(self, encoded: Encoded) -> list[Tensor]:
         """Places of the kept tokens in the stock model's order of each image."""
