@@ -53,7 +53,9 @@ def _repeats(is_image: Tensor, lengths: Lengths) -> Tensor:
         keep = []
         for i, (stock, kept) in enumerate(zip(lengths.stock, lengths.kept, strict=True)):
             places = torch.arange(kept) if lengths.places is None else lengths.places[i]
-            keep.append(torch.zeros(stock, dtype=torch.int64).index_fill_(0, places, 1))
+            keep.append(torch.zeros(stock, dtype=torch.int64).index_fill_(0, places[:stock], 1))
+            # Methods that do not crop padding may make more tokens than the stock model has.
+            keep[-1][:1] += max(kept - stock, 0)
         repeats[is_image] = torch.cat(keep)
     elif found == images:
         repeats[is_image] = torch.tensor(lengths.kept)
