@@ -229,7 +229,24 @@ def answer_tokens(sequences: Tensor) -> Tensor:
     return answers.masked_fill((ended > 0) & ((answers != end) | (ended > 1)), pad)
 
 
+def prepare(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: Sequence[Image], questions: Sequence[str]
+) -> dict[str, Tensor]:
+    """Inputs of a model for one question about each image, on its device."""
+    inputs = processor(images=list(images), text=[prompt(q) for q in questions], padding=True, return_tensors="pt")
+    inputs = inputs.to(model.device)
+    return {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+
+
 @torch.no_grad()
+def answer_questions(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, inputs: dict[str, Tensor]
+) -> list[str]:
+    """Answers to prepared questions, with or without a plug-in of `zoo.hired` on the model."""
+    sequences = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    return processor.batch_decode(answer_tokens(sequences), skip_special_tokens=True)
+
+
 def ask(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: Sequence[Image], questions: Sequence[str]
 ) -> list[str]:
@@ -244,11 +261,7 @@ def ask(
     Returns:
         The answers.
     """
-    inputs = processor(images=list(images), text=[prompt(q) for q in questions], padding=True, return_tensors="pt")
-    inputs = inputs.to(model.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    sequences = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    return processor.batch_decode(answer_tokens(sequences), skip_special_tokens=True)
+    return answer_questions(model, processor, prepare(model, processor, images, questions))
 
 
 def load_samples(folder: str | Path | None = None) -> list[tuple[Image, list[dict[str, str]]]]:
