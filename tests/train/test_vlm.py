@@ -90,11 +90,13 @@ def test_coverage_says_where_garments_are(size: int) -> None:
     assert ((share - covered).abs() < 0.3).all() and 0.05 < covered.mean() < 0.5
     target = scenes.attention_target
     torch.testing.assert_close(target.sum(1), torch.ones(8))
-    label, colour = scenes.patch_targets()
+    label, colour, cell = scenes.patch_targets()
     assert torch.equal(label == len(CLASSES), colour == len(COLOURS))
-    cell = scenes.coverage.argmax(1)
+    assert torch.equal(label == len(CLASSES), cell == len(POSITIONS))
     garment = label < len(CLASSES)
-    assert torch.equal(label[garment], scenes.label.gather(1, cell)[garment])
+    assert torch.equal(cell[garment], scenes.coverage.argmax(1)[garment])
+    assert torch.equal(label[garment], scenes.label.gather(1, cell.clamp(max=8))[garment])
+    assert torch.equal(colour[garment], scenes.colour.gather(1, cell.clamp(max=8))[garment])
 
 
 def answer_of(question: str, items: dict[str, tuple[str, str]]) -> str:

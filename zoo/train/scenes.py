@@ -137,12 +137,16 @@ class Scenes:
         share = self.coverage / self.coverage.sum(-1, keepdim=True).clamp(min=1e-6)
         return share.sum(1) / self.present.sum(1, keepdim=True)
 
-    def patch_targets(self, least: float = 0.2) -> tuple[Tensor, Tensor]:
-        """Class and colour of each patch, `[B, G * G]` int64, the number of them where a garment covers too little."""
+    def patch_targets(self, least: float = 0.2) -> tuple[Tensor, Tensor, Tensor]:
+        """Class, colour and cell of what each patch shows, `[B, G * G]` int64 each.
+
+        Where a garment covers less than `least` of the patch, the number of classes, colours or cells.
+        """
         most, cell = self.coverage.max(1)
         empty = most < least
-        label = self.label.gather(1, cell).masked_fill(empty, len(CLASSES))
-        return label, self.colour.gather(1, cell).masked_fill(empty, len(COLOURS))
+        label, colour = self.label.gather(1, cell), self.colour.gather(1, cell)
+        values = (label, len(CLASSES)), (colour, len(COLOURS)), (cell, CELLS)
+        return tuple(value.masked_fill(empty, count) for value, count in values)
 
 
 def compose(

@@ -38,6 +38,7 @@ from zoo.heads.tiny_vlm import (
     COLOURS,
     IMAGE,
     PAD,
+    POSITIONS,
     answer_tokens,
     build_processor,
     build_tiny_vlm,
@@ -48,6 +49,8 @@ from zoo.heads.tiny_vlm import (
 from zoo.train.scenes import TYPES, GarmentPool, Questioner, Questions, Scenes, compose
 
 ROOT = "/usr/share/datasets/fashion-mnist"
+# Of a patch: class, colour and cell, and nothing in place of each.
+PATCH_CHOICES = tuple(len(names) + 1 for names in (CLASSES, COLOURS, POSITIONS))
 VALIDATION_SEED, TEST_SEED, SAMPLE_SEED = 1_000_003, 2_000_003, 3_000_003
 
 
@@ -60,7 +63,7 @@ class Recipe:
         questions: Questions about each scene.
         lr, weight_decay: Peak rate of AdamW after a warm-up of 4 % of the run (then cosine to zero), and decay.
         ema: Decay of the weight average.
-        patch_weight: Weight of the loss of the class and colour of each patch.
+        patch_weight: Weight of the loss of the class, colour and cell of each patch.
         cls_weight: Weight of the loss of the classes and colours of a scene, from the CLS token.
         attention_weight: Weight of the loss of the CLS token's attention.
         hidden: Share of scenes of which some background tokens are hidden.
@@ -112,7 +115,7 @@ class VisualQuestionLoss(nn.Module):
         super().__init__()
         self.model, self.recipe = model, recipe
         width = model.config.vision_config.hidden_size
-        self.patch_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(CLASSES) + len(COLOURS) + 2))
+        self.patch_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(PATCH_CHOICES)))
         self.scene_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(CLASSES) + len(COLOURS)))
         numbers = words()
         self.bos = numbers.index(BOS)
@@ -141,13 +144,13 @@ class VisualQuestionLoss(nn.Module):
         return {**losses, "correct": correct}
 
     def _patch_loss(self, features: Tensor, scenes: Scenes) -> Tensor:
-        label, colour = scenes.patch_targets()
+        """What each patch shows: class, colour and cell, or nothing."""
+        targets = scenes.patch_targets()
         # [B, N, K] -> [B, K, N]
-        logits = self.patch_head(features).float().transpose(1, 2)
-        by_label, by_colour = logits.split((len(CLASSES) + 1, len(COLOURS) + 1), 1)
-        loss = F.cross_entropy(by_label, label, reduction="none") + F.cross_entropy(by_colour, colour, reduction="none")
+        logits = self.patch_head(features).float().transpose(1, 2).split(PATCH_CHOICES, 1)
+        loss = sum(F.cross_entropy(x, y, reduction="none") for x, y in zip(logits, targets, strict=True))
         # Garments and background count the same, though one is much larger.
-        garment = (label < len(CLASSES)).float()
+        garment = (targets[0] < len(CLASSES)).float()
         share = garment.mean().clamp(min=1e-3)
         return (loss * (garment / share + (1 - garment) / (1 - share))).mean() / 2
 
