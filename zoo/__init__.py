@@ -1,7 +1,7 @@
 """Efficient attention for vision and multimodal models.
 
 Importing this package registers every image model with timm, so that ``timm.create_model`` finds it. Plug-ins for the
-pipelines of diffusers are imported when they are first used.
+pipelines of diffusers and the models of transformers are imported when they are first used.
 """
 
 __version__ = "0.1.0"
@@ -14,7 +14,11 @@ from zoo.factory import create_model, list_models, model_info
 
 __all__ = ["__version__", "accelerate", "accelerated", "create_model", "list_models", "model_info", "restore"]
 
-_PLUGINS = {"agent_sd": "zoo.heads.agent_sd", "sparse_vdit": "zoo.heads.sparse_vdit"}
+_PLUGINS = {
+    "agent_sd": "zoo.heads.agent_sd",
+    "hired": "zoo.heads.token_dropping",
+    "sparse_vdit": "zoo.heads.sparse_vdit",
+}
 
 
 def __getattr__(name: str):
