@@ -223,9 +223,11 @@ def test_accuracy_counts_right_answers(monkeypatch) -> None:
     """A model that always says the truth, or nothing, has all, or none, right."""
     pool, scenes = garments(), 4
     model = build_tiny_vlm(VISION, TEXT)
-    truth = Questioner().ask(
-        compose(pool, 7, torch.arange(scenes), **SCENE), 7, torch.arange(scenes), all_types(scenes)
-    ).answer.flatten(0, 1)
+    truth = (
+        Questioner()
+        .ask(compose(pool, 7, torch.arange(scenes), **SCENE), 7, torch.arange(scenes), all_types(scenes))
+        .answer.flatten(0, 1)
+    )
     monkeypatch.setattr(model, "generate", lambda input_ids, **_: torch.cat([input_ids, truth], 1))
     assert set(vlm.accuracy(model, pool, 7, scenes).values()) == {1.0}
     wrong = truth.clone()
