@@ -85,6 +85,12 @@ class Recipe:
     text: dict[str, Any] = field(default_factory=dict)
 
 
+def tower_layers(model: nn.Module) -> nn.ModuleList:
+    """Blocks of the vision tower, which was one level deeper in former versions of transformers."""
+    tower = model.model.vision_tower
+    return getattr(tower, "vision_model", tower).encoder.layers
+
+
 def cls_attention(layer: nn.Module, x: Tensor) -> Tensor:
     """Share of the CLS token's attention that each patch gets in a CLIP layer, mean over heads.
 
@@ -124,10 +130,9 @@ class VisualQuestionLoss(nn.Module):
     def forward(self, scenes: Scenes, questions: Questions) -> dict[str, Tensor]:
         """Losses by name, `loss` being their weighted sum, and `correct`, `[B, Q]` bool."""
         config = self.model.config
-        tower = getattr(self.model.model.vision_tower, "vision_model", self.model.model.vision_tower)
-        hidden = tower(normalised(scenes.pixels), output_hidden_states=True).hidden_states
+        hidden = self.model.model.vision_tower(normalised(scenes.pixels), output_hidden_states=True).hidden_states
         features = hidden[config.vision_feature_layer]
-        layer = tower.encoder.layers[config.vision_feature_layer]
+        layer = tower_layers(self.model)[config.vision_feature_layer]
         attention = cls_attention(layer, hidden[config.vision_feature_layer - 1])
         losses = {
             "patch": self._patch_loss(features[:, 1:], scenes),
@@ -256,8 +261,7 @@ class Trainer:
         self.questioner = Questioner(self.device)
         self.steps = 0
         if compile:
-            tower = getattr(self.model.model.vision_tower, "vision_model", self.model.model.vision_tower)
-            for layer in [*tower.encoder.layers, *self.model.model.language_model.layers]:
+            for layer in [*tower_layers(self.model), *self.model.model.language_model.layers]:
                 layer.compile()
 
     def batch(self, step: int) -> tuple[Scenes, Questions]:
