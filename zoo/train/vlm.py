@@ -47,6 +47,7 @@ from zoo.heads.tiny_vlm import (
     words,
 )
 from zoo.train.scenes import TYPES, GarmentPool, Questioner, Questions, Scenes, compose
+from zoo.train.vlm_card import RUN, write_card
 
 ROOT = "/usr/share/datasets/fashion-mnist"
 # Of a patch: class, colour and cell, and nothing in place of each.
@@ -259,7 +260,7 @@ class Trainer:
         groups = param_groups_weight_decay(self.objective, recipe.weight_decay, no_weight_decay_list=("*embed*",))
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=on_gpu)
         self.questioner = Questioner(self.device)
-        self.steps = 0
+        self.steps, self.seconds = 0, 0.0
         if compile:
             for layer in [*tower_layers(self.model), *self.model.model.language_model.layers]:
                 layer.compile()
@@ -316,7 +317,9 @@ class Trainer:
         except KeyboardInterrupt:
             print(f"interrupted after {self.steps} steps; the average so far is kept", flush=True)
             return False
-        print(f"{self.steps} steps in {time.perf_counter() - start:.0f} s", flush=True)
+        finally:
+            self.seconds += time.perf_counter() - start
+        print(f"{self.steps} steps in {self.seconds:.0f} s", flush=True)
         return True
 
     def _report(self, sums: dict[str, Tensor], count: int, seconds: float) -> None:
@@ -403,7 +406,7 @@ def evaluate(
         scene: Further arguments of `zoo.train.scenes.compose`.
 
     Returns:
-        A row for each method, budget and seed: `method`, `budget`, `seed`, `all` and the types of questions.
+        A row for each method, budget and seed: `method`, `budget`, `seed`, `scenes`, `all` and the types of questions.
     """
     from zoo.heads import token_dropping
 
@@ -420,7 +423,7 @@ def evaluate(
                 plugin = token_dropping.apply(model, budget=budget, method=method, **options)
             with plugin:
                 shares = accuracy(model, pool, TEST_SEED + seed, scenes, batch_size, **(scene or {}))
-            rows.append({"method": method, "budget": budget, "seed": seed, **shares})
+            rows.append({"method": method, "budget": budget, "seed": seed, "scenes": scenes, **shares})
     return rows
 
 
@@ -467,6 +470,15 @@ def save_samples(folder: Path, pool: GarmentPool, image_size: int, patch_size: i
     (folder / "questions.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 
+def write_run(folder: Path, trainer: Trainer) -> None:
+    """Write what a run was, for the model card."""
+    device = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else trainer.device.type
+    recipe = trainer.recipe
+    run = dict(steps=trainer.steps, seconds=round(trainer.seconds), batch_size=recipe.batch_size)
+    run |= dict(questions=recipe.questions, lr=recipe.lr, seed=trainer.seed, device=device, torch=torch.__version__)
+    (folder / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+
+
 def write_results(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write the rows of `evaluate` as `budgets.csv`."""
     with (folder / "budgets.csv").open("w", newline="", encoding="utf-8") as file:
@@ -495,6 +507,7 @@ def main(argv: list[str] | None = None) -> None:
         model, _ = load_tiny_vlm(args.out, torch.float16 if device.type == "cuda" else torch.float32)
         rows = evaluate(model.to(device), pool=garment_pool(args.root, "test", device), scenes=args.scenes)
         write_results(args.out, rows)
+        write_card(args.out, model, rows, table(rows))
         print(table(rows))
         return
     # A time limit ends processes by this signal.
@@ -504,6 +517,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.run(None if args.steps else args.minutes, args.steps)
     model = trainer.average.eval()
     save(model, args.out, garment_pool(args.root, "test", device))
+    write_run(args.out, trainer)
     print(f"wrote {args.out}", flush=True)
     shares = accuracy(model, garment_pool(args.root, "val", device), VALIDATION_SEED, args.scenes)
     print("validation | " + " ".join(f"{name} {share:.2%}" for name, share in shares.items()), flush=True)
