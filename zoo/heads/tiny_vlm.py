@@ -8,6 +8,7 @@ everything that works on LLaVA-1.5 works on it.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -227,6 +228,20 @@ def answer_tokens(sequences: Tensor) -> Tensor:
     # Nothing counts after the end.
     ended = (answers == end).int().cumsum(1)
     return answers.masked_fill((ended > 0) & ((answers != end) | (ended > 1)), pad)
+
+
+@functools.lru_cache(8)
+def _statistics(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Mean and standard deviation of CLIP's pixels, `[2, 3, 1, 1]`; kept, as a CUDA graph cannot copy from the host."""
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    return torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=device, dtype=dtype)[..., None, None]
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """What the processor makes of pixels `[B, 3, S, S]` in [0, 1]."""
+    mean, std = _statistics(pixels.device, pixels.dtype)
+    return (pixels - mean) / std
 
 
 def prepare(

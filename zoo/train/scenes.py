@@ -7,8 +7,10 @@ a scene consists of.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ from zoo.heads.tiny_vlm import (
     words,
 )
 
+ROOT = "/usr/share/datasets/fashion-mnist"
 CELLS = len(POSITIONS)
 SIDE = 3
 TYPES = tuple(TEMPLATES)
@@ -65,7 +68,7 @@ class Draws:
     """
 
     def __init__(self, seed: int, index: Tensor) -> None:
-        start = _hash(torch.tensor(seed & _MASK, device=index.device))
+        start = _hash(torch.full((), seed & _MASK, device=index.device))
         self.state = _hash(_hash(index & _MASK) ^ start)
         self.count = 0
 
@@ -113,6 +116,14 @@ class GarmentPool:
         counts = self.counts[labels]
         place = torch.minimum((draws * counts).long(), counts - 1)
         return self.images[self.starts[labels] + place].float() / 255
+
+
+def garment_pool(root: str | Path, split: str, device: torch.device | str) -> GarmentPool:
+    """Images of a split of Fashion-MNIST: `train` (55,000), `val` (5,000 others) or `test` (10,000)."""
+    from zoo.train.data import FashionMnistData
+
+    images = FashionMnistData(root=str(root)).load_splits()[split]
+    return GarmentPool(torch.tensor(images.images), torch.tensor(images.labels, dtype=torch.int64), device)
 
 
 @dataclass
@@ -207,12 +218,17 @@ def _place(garments: Tensor, draws: Draws, cell: int, scale: tuple[float, float]
 
 def _paint(shape: Tensor, alpha: Tensor, colour: Tensor, draws: Draws, size: int) -> Tensor:
     """Coloured garments over a background: cells `[B, 9, cell, cell]` to pixels `[B, 3, S, S]`."""
-    palette = torch.tensor([RGB[name] for name in COLOURS], device=shape.device)
-    tint = (palette[colour] + (draws(CELLS, 3) - 0.5) * 0.12).clamp(0, 1)
+    tint = (_palette(shape.device)[colour] + (draws(CELLS, 3) - 0.5) * 0.12).clamp(0, 1)
     # Shades of grey become shades of the colour.
     shade = (0.25 + 0.75 * shape) * alpha
     garments = _assemble(tint[..., None, None] * shade.unsqueeze(2), size)
     return ((garments + _background(draws, size) * (1 - _assemble(alpha.unsqueeze(2), size))) * 255).round() / 255
+
+
+@functools.lru_cache(4)
+def _palette(device: torch.device) -> Tensor:
+    """Colours `[6, 3]`; kept, because a CUDA graph cannot copy them from the host."""
+    return torch.tensor([RGB[name] for name in COLOURS], device=device)
 
 
 def _background(draws: Draws, size: int) -> Tensor:

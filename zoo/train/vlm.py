@@ -14,14 +14,11 @@ background's tokens are hidden from the language model, so that an answer does n
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import csv
 import json
 import math
 import signal
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,27 +29,25 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from zoo.heads.tiny_vlm import (
-    ANSWER_TOKENS,
     BOS,
     CLASSES,
     COLOURS,
-    IMAGE,
     PAD,
     POSITIONS,
-    answer_tokens,
     build_processor,
     build_tiny_vlm,
     build_tokenizer,
     load_tiny_vlm,
+    normalised,
     words,
 )
-from zoo.train.scenes import TYPES, GarmentPool, Questioner, Questions, Scenes, compose
+from zoo.train.scenes import ROOT, TYPES, GarmentPool, Questioner, Questions, Scenes, compose, garment_pool
 from zoo.train.vlm_card import RUN, write_card
+from zoo.train.vlm_evaluation import accuracy, evaluate, table, write_results
 
-ROOT = "/usr/share/datasets/fashion-mnist"
 # Of a patch: class, colour and cell, and nothing in place of each.
 PATCH_CHOICES = tuple(len(names) + 1 for names in (CLASSES, COLOURS, POSITIONS))
-VALIDATION_SEED, TEST_SEED, SAMPLE_SEED = 1_000_003, 2_000_003, 3_000_003
+VALIDATION_SEED, SAMPLE_SEED = 1_000_003, 3_000_003
 
 
 @dataclass(frozen=True)
@@ -163,8 +158,8 @@ class VisualQuestionLoss(nn.Module):
     def _scene_loss(self, cls_token: Tensor, scenes: Scenes) -> Tensor:
         """Which classes and which colours there are."""
         present = scenes.present.float().unsqueeze(-1)
-        classes = (F.one_hot(scenes.label, len(CLASSES)) * present).amax(1)
-        colours = (F.one_hot(scenes.colour, len(COLOURS)) * present).amax(1)
+        classes = (_one_hot(scenes.label, len(CLASSES)) * present).amax(1)
+        colours = (_one_hot(scenes.colour, len(COLOURS)) * present).amax(1)
         logits = self.scene_head(cls_token).float()
         return F.binary_cross_entropy_with_logits(logits, torch.cat([classes, colours], 1))
 
@@ -197,6 +192,11 @@ class VisualQuestionLoss(nn.Module):
         return loss, right.all(-1)
 
 
+def _one_hot(x: Tensor, count: int) -> Tensor:
+    """As PyTorch's, but float32 and without a look at the values."""
+    return (x[..., None] == torch.arange(count, device=x.device)).float()
+
+
 def multi_question_layout(shown: Tensor, questions: int, length: int) -> tuple[Tensor, Tensor]:
     """Attention mask and positions of a prefix and several questions after it that do not see each other.
 
@@ -224,20 +224,9 @@ def multi_question_layout(shown: Tensor, questions: int, length: int) -> tuple[T
     return mask, positions
 
 
-def normalised(pixels: Tensor) -> Tensor:
-    """What CLIP's image processor makes of pixels `[B, 3, S, S]` in [0, 1]."""
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-    mean, std = (pixels.new_tensor(x).view(1, 3, 1, 1) for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return (pixels - mean) / std
-
-
-def garment_pool(root: str | Path, split: str, device: torch.device | str) -> GarmentPool:
-    """Images of a split of Fashion-MNIST: `train` (55,000), `val` (5,000 others) or `test` (10,000)."""
-    from zoo.train.data import FashionMnistData
-
-    images = FashionMnistData(root=str(root)).load_splits()[split]
-    return GarmentPool(torch.tensor(images.images), torch.tensor(images.labels, dtype=torch.int64), device)
+# What a step measures, in this order, and then the share of right answers of each type.
+LOSSES = ("loss", "answer", "patch", "cls", "attention")
+SPEEDS = ("eager", "graph", "compile")
 
 
 class Trainer:
@@ -247,196 +236,125 @@ class Trainer:
         recipe: What to do.
         pool: Garments, on the device of the run.
         seed: Of weights, scenes and hidden tokens.
-        compile: Whether to compile the layers of both towers.
+        speed: "eager"; "graph": a whole step, with its scenes, is one CUDA graph, because Python launches the kernels
+            of small networks more slowly than a GPU runs them; "compile": such a graph of compiled layers. A CPU
+            replays no graphs.
     """
 
-    def __init__(self, recipe: Recipe, pool: GarmentPool, seed: int = 0, compile: bool = False) -> None:
+    def __init__(self, recipe: Recipe, pool: GarmentPool, seed: int = 0, speed: str = "graph") -> None:
+        if speed not in SPEEDS:
+            raise ValueError(f"speed must be one of {SPEEDS}, got {speed!r}")
         torch.manual_seed(seed)
         self.recipe, self.pool, self.seed, self.device = recipe, pool, seed, pool.device
         self.model = build_tiny_vlm(recipe.vision, recipe.text).to(self.device).train()
         self.objective = VisualQuestionLoss(self.model, recipe).to(self.device)
         self.average = copy.deepcopy(self.model)
-        on_gpu = self.device.type == "cuda"
-        groups = param_groups_weight_decay(self.objective, recipe.weight_decay, no_weight_decay_list=("*embed*",))
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=on_gpu)
         self.questioner = Questioner(self.device)
         self.steps, self.seconds = 0, 0.0
-        if compile:
+        # What changes from step to step, read by a graph.
+        self.index = torch.arange(recipe.batch_size, device=self.device)
+        self.rate = torch.tensor(0.0, device=self.device)
+        on_gpu = self.device.type == "cuda"
+        groups = param_groups_weight_decay(self.objective, recipe.weight_decay, no_weight_decay_list=("*embed*",))
+        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), capturable=on_gpu, fused=on_gpu)
+        if speed == "compile":
             for layer in [*tower_layers(self.model), *self.model.model.language_model.layers]:
                 layer.compile()
+        self.graph = None
+        if on_gpu and speed != "eager":
+            self._capture()
 
-    def batch(self, step: int) -> tuple[Scenes, Questions]:
-        """Scenes and questions of a step."""
-        recipe = self.recipe
-        index = torch.arange(step * recipe.batch_size, (step + 1) * recipe.batch_size, device=self.device)
-        vision = self.model.config.vision_config
-        scenes = compose(self.pool, self.seed, index, vision.image_size, vision.patch_size, **recipe.scene)
-        types = torch.arange(recipe.questions, device=self.device) % len(TYPES)
+    def batch(self) -> tuple[Scenes, Questions]:
+        """Scenes and questions of the current index."""
+        recipe, vision = self.recipe, self.model.config.vision_config
+        scenes = compose(self.pool, self.seed, self.index, vision.image_size, vision.patch_size, **recipe.scene)
+        types = torch.arange(recipe.questions, device=self.device)
         # What is left of a round of all types changes from scene to scene.
-        types = (types + index[:, None]) % len(TYPES)
-        return scenes, self.questioner.ask(scenes, self.seed, index, types)
+        types = (types + self.index[:, None]) % len(TYPES)
+        return scenes, self.questioner.ask(scenes, self.seed, self.index, types)
 
-    def step(self, progress: float) -> dict[str, Tensor]:
-        """One update, with `progress` through the run in [0, 1]; the losses, and how often each type was right."""
-        rate = self.recipe.lr * min(1.0, (progress + 1e-3) / 0.04) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        scenes, questions = self.batch(self.steps)
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+    def _update(self) -> Tensor:
+        """One update; what it measures, `LOSSES` and right answers by type."""
+        scenes, questions = self.batch()
+        # A cache of casts does not survive in a graph.
+        on_gpu = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
             out = self.objective(scenes, questions)
         out["loss"].backward()
         nn.utils.clip_grad_norm_(self.objective.parameters(), 1.0)
         self.optimizer.step()
-        self.steps += 1
-        # The average of a short run must not remember random weights.
-        decay = min(self.recipe.ema, (1 + self.steps) / (10 + self.steps))
+        kind = _one_hot(questions.type, len(TYPES))
+        by_type = (kind * out["correct"][..., None]).sum((0, 1)) / kind.sum((0, 1)).clamp(min=1)
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-        kind = F.one_hot(questions.type, len(TYPES)).float()
-        out["by_type"] = (kind * out.pop("correct")[..., None]).sum((0, 1)) / kind.sum((0, 1)).clamp(min=1)
-        return {name: value.detach() for name, value in out.items()}
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - self.recipe.ema)
+            return torch.cat([torch.stack([out[name] for name in LOSSES]), by_type])
 
-    def run(self, minutes: float | None = None, steps: int | None = None, every: int = 100) -> bool:
+    def _capture(self) -> None:
+        """Warm up with a learning rate of zero, then record; the optimizer's state starts afresh."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.optimizer.zero_grad(set_to_none=True)
+                self._update()
+        torch.cuda.current_stream().wait_stream(side)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.measured = self._update()
+        with torch.no_grad():
+            for state in self.optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+
+    def step(self, progress: float) -> Tensor:
+        """One update, with `progress` through the run in [0, 1]; returns what it measures, see `LOSSES`."""
+        warm = min(1.0, (progress + 1e-3) / 0.04)
+        self.rate.fill_(self.recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+        if self.graph is not None:
+            self.graph.replay()
+            measured = self.measured.clone()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            measured = self._update()
+        self.index += self.recipe.batch_size
+        self.steps += 1
+        return measured
+
+    def run(self, minutes: float | None = None, steps: int | None = None, every: int = 50) -> bool:
         """Train for some minutes or steps; print what is learnt. Whether the run ended without an interrupt."""
         if (minutes is None) == (steps is None):
             raise ValueError("a run needs either minutes or steps")
-        start, sums, count = time.perf_counter(), {}, 0
-        progress = 0.0
+        start, progress, averaging, measured = time.perf_counter(), 0.0, False, []
         try:
             while progress < 1:
-                out = self.step(progress)
-                sums = {name: sums.get(name, 0) + value for name, value in out.items()}
-                count += 1
+                if not averaging and progress > 0.25:
+                    self._start_average()
+                    averaging = True
+                measured.append(self.step(progress))
+                if len(measured) == every:
+                    # Reading waits for the device, so that the clock is right.
+                    self._report(torch.stack(measured).mean(0).tolist(), time.perf_counter() - start)
+                    measured = []
                 seconds = time.perf_counter() - start
-                if count == every:
-                    # Reading the sums waits for the device, so that the clock is right.
-                    self._report(sums, count, time.perf_counter() - start)
-                    sums, count = {}, 0
                 progress = seconds / (60 * minutes) if steps is None else self.steps / steps
         except KeyboardInterrupt:
             print(f"interrupted after {self.steps} steps; the average so far is kept", flush=True)
-            return False
-        finally:
-            self.seconds += time.perf_counter() - start
+        if not averaging:
+            self._start_average()
+        self.seconds += time.perf_counter() - start
         print(f"{self.steps} steps in {self.seconds:.0f} s", flush=True)
-        return True
+        return progress >= 1
 
-    def _report(self, sums: dict[str, Tensor], count: int, seconds: float) -> None:
-        by_type = (sums["by_type"] / count).tolist()
-        losses = " ".join(f"{name} {float(sums[name]) / count:.3f}" for name in ("answer", "patch", "cls", "attention"))
-        types = " ".join(f"{name} {share:.1%}" for name, share in zip(TYPES, by_type, strict=True))
+    @torch.no_grad()
+    def _start_average(self) -> None:
+        """Forget the random weights that the average began with."""
+        torch._foreach_copy_(list(self.average.parameters()), list(self.model.parameters()))
+
+    def _report(self, measured: list[float], seconds: float) -> None:
+        losses = " ".join(f"{name} {value:.3f}" for name, value in zip(LOSSES, measured, strict=False))
+        types = " ".join(f"{name} {share:.1%}" for name, share in zip(TYPES, measured[len(LOSSES) :], strict=True))
         print(f"step {self.steps} {seconds:.0f} s | {losses} | {types}", flush=True)
-
-
-@torch.no_grad()
-def answer_scenes(
-    model: nn.Module, pool: GarmentPool, seed: int, index: Tensor, scene: dict[str, Any] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Let a model answer a question of each type about scenes, by `generate`.
-
-    Args:
-        model: On the device of the pool, with or without a plug-in of `zoo.hired`.
-        pool: Garments.
-        seed, index: Of the scenes; index `[B]` int64.
-        scene: Further arguments of `zoo.train.scenes.compose`.
-
-    Returns:
-        Whether each answer is right, `[B * 6]` bool, and its type, `[B * 6]` int64.
-    """
-    vision = model.config.vision_config
-    scenes = compose(pool, seed, index, vision.image_size, vision.patch_size, **(scene or {}))
-    types = torch.arange(len(TYPES), device=pool.device).expand(len(index), -1)
-    questions = Questioner(pool.device).ask(scenes, seed, index, types)
-    numbers = words()
-    patches = (vision.image_size // vision.patch_size) ** 2
-    start = torch.tensor([numbers.index(BOS)] + [numbers.index(IMAGE)] * patches, device=pool.device)
-    # [B * 6, 1 + N + 8]
-    tokens = questions.tokens.flatten(0, 1)
-    tokens = torch.cat([start.expand(len(tokens), -1), tokens], 1)
-    pixels = normalised(scenes.pixels).to(model.dtype).repeat_interleave(len(TYPES), 0)
-    sequences = model.generate(
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        pixel_values=pixels,
-        max_new_tokens=ANSWER_TOKENS,
-        do_sample=False,
-    )
-    right = (answer_tokens(sequences) == questions.answer.flatten(0, 1)).all(1)
-    return right, questions.type.flatten()
-
-
-def accuracy(
-    model: nn.Module, pool: GarmentPool, seed: int, scenes: int = 1024, batch_size: int = 128, **scene: Any
-) -> dict[str, float]:
-    """Share of right answers by type of question, and `all`, the mean over questions."""
-    right, types = [], []
-    for index in torch.arange(scenes, device=pool.device).split(batch_size):
-        batch_right, batch_types = answer_scenes(model, pool, seed, index, scene)
-        right.append(batch_right)
-        types.append(batch_types)
-    right, types = torch.cat(right).float(), torch.cat(types)
-    by_type = {name: right[types == number].mean().item() for number, name in enumerate(TYPES)}
-    return {"all": right.mean().item(), **by_type}
-
-
-def evaluate(
-    model: nn.Module,
-    budgets: Sequence[float] = (1.0, 0.5, 0.4, 0.2, 0.1),
-    methods: Sequence[str] = ("hired", "spatial", "random"),
-    seeds: Sequence[int] = (0, 1, 2),
-    *,
-    pool: GarmentPool | None = None,
-    scenes: int = 1024,
-    batch_size: int = 128,
-    scene: dict[str, Any] | None = None,
-) -> list[dict[str, Any]]:
-    """Accuracy on scenes of held-out garments with fewer visual tokens.
-
-    Each seed is another set of scenes, the same for all methods and budgets.
-
-    Args:
-        model: `LlavaForConditionalGeneration` as trained here, on the device of the pool.
-        budgets: Shares of the visual tokens; 1 is the model without a plug-in, measured once.
-        methods: Of `zoo.hired.apply`.
-        seeds: One measurement each.
-        pool: Garments; None reads the test images of Fashion-MNIST from Debian's folder.
-        scenes: Scenes of a measurement, with six questions each.
-        batch_size: Scenes at a time.
-        scene: Further arguments of `zoo.train.scenes.compose`.
-
-    Returns:
-        A row for each method, budget and seed: `method`, `budget`, `seed`, `scenes`, `all` and the types of questions.
-    """
-    from zoo.heads import token_dropping
-
-    pool = garment_pool(ROOT, "test", model.device) if pool is None else pool
-    cases = [(method, budget) for budget in budgets if budget < 1 for method in methods]
-    if any(budget >= 1 for budget in budgets):
-        cases.insert(0, ("full", 1.0))
-    rows = []
-    for method, budget in cases:
-        for seed in seeds:
-            plugin = contextlib.nullcontext()
-            if budget < 1:
-                options = {"seed": seed} if method == "random" else {}
-                plugin = token_dropping.apply(model, budget=budget, method=method, **options)
-            with plugin:
-                shares = accuracy(model, pool, TEST_SEED + seed, scenes, batch_size, **(scene or {}))
-            rows.append({"method": method, "budget": budget, "seed": seed, "scenes": scenes, **shares})
-    return rows
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown table of the rows of `evaluate`: mean and range over seeds, in percent."""
-    lines = ["| visual tokens | method | all | " + " | ".join(TYPES) + " |", "| --- " * (3 + len(TYPES)) + "|"]
-    for case in dict.fromkeys((row["budget"], row["method"]) for row in rows):
-        group = [row for row in rows if (row["budget"], row["method"]) == case]
-        total = [100 * row["all"] for row in group]
-        means = [100 * sum(row[name] for row in group) / len(group) for name in TYPES]
-        spread = f"{sum(total) / len(total):.1f} ({min(total):.1f} to {max(total):.1f})"
-        lines.append(f"| {case[0]:.0%} | {case[1]} | {spread} | " + " | ".join(f"{m:.1f}" for m in means) + " |")
-    return "\n".join(lines)
 
 
 def save(model: nn.Module, folder: Path, pool: GarmentPool, samples: int = 16) -> None:
@@ -479,14 +397,6 @@ def write_run(folder: Path, trainer: Trainer) -> None:
     (folder / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
 
-def write_results(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the rows of `evaluate` as `budgets.csv`."""
-    with (folder / "budgets.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Train and write a model, or measure one."""
     parser = argparse.ArgumentParser(prog="python -m zoo.train.vlm", description=__doc__.split("\n")[0])
@@ -498,7 +408,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=Recipe.batch_size, help="scenes of a step (%(default)s)")
     parser.add_argument("--lr", type=float, default=Recipe.lr, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="compile the layers")
+    parser.add_argument("--speed", choices=SPEEDS, default="graph", help="how a GPU runs a step (%(default)s)")
     parser.add_argument("--evaluate", action="store_true", help="measure the model in OUT with fewer visual tokens")
     parser.add_argument("--scenes", type=int, default=1024, help="scenes of a measurement (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -513,7 +423,7 @@ def main(argv: list[str] | None = None) -> None:
     # A time limit ends processes by this signal.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     recipe = Recipe(batch_size=args.batch_size, lr=args.lr)
-    trainer = Trainer(recipe, garment_pool(args.root, "train", device), args.seed, args.compile)
+    trainer = Trainer(recipe, garment_pool(args.root, "train", device), args.seed, args.speed)
     trainer.run(None if args.steps else args.minutes, args.steps)
     model = trainer.average.eval()
     save(model, args.out, garment_pool(args.root, "test", device))

@@ -100,9 +100,9 @@ def write_card(folder: Path, model: Any, rows: Sequence[dict[str, Any]], table: 
     )
     seeds = len({row["seed"] for row in rows})
     note = (
-        f"Share of right answers in percent on scenes of held-out garments, {rows[0]['scenes']} scenes with a question\n"
-        f"of each type; mean and range over {seeds} sets of scenes (one trained model). Each method gets the same\n"
-        "budget; `full` has all tokens and no plug-in.\n\n"
+        f"Share of right answers in percent on {rows[0]['scenes']} scenes of held-out garments with a question\n"
+        f"of each type; mean and range over {seeds} sets of scenes (one trained model). Each method gets\n"
+        "the same budget; `full` has all tokens and no plug-in.\n\n"
     )
     (folder / "README.md").write_text(head + note + table + "\n", encoding="utf-8")
 
