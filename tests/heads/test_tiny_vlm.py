@@ -106,8 +106,11 @@ def test_round_trip(tmp_path) -> None:
     assert again.generation_config.eos_token_id == words().index("</s>")
 
 
-def test_what_is_missing_is_said(tmp_path) -> None:
+def test_what_is_missing_is_said(tmp_path, monkeypatch) -> None:
     with pytest.raises(FileNotFoundError, match="holds no model. Train one on a GPU with `python -m zoo.train.vlm"):
         load_tiny_vlm(tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds no sample scenes"):
+    monkeypatch.setattr("zoo.heads.tiny_vlm.WEIGHTS", tmp_path / "embedded")
+    with pytest.raises(FileNotFoundError, match="no embedded vision-language model. Train one"):
+        load_tiny_vlm()
+    with pytest.raises(FileNotFoundError, match="no sample scenes in"):
         load_samples(tmp_path)

@@ -280,18 +280,23 @@ def ask(
 
 
 def load_samples(folder: str | Path | None = None) -> list[tuple[Image, list[dict[str, str]]]]:
-    """Held-out scenes beside a model: an image and its questions, dicts of `type`, `question` and `answer`.
+    """Held-out scenes: an image and its questions, dicts of `type`, `question` and `answer`.
+
+    Args:
+        folder: Of a model; the scenes beside it, or else those that come with the package.
 
     Raises:
         FileNotFoundError: There are none.
     """
     from PIL import Image
 
-    path = (WEIGHTS if folder is None else Path(folder)) / "samples"
-    index = path / "questions.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"{path} holds no sample scenes; `python -m zoo.train.vlm` writes them beside a model.")
-    scenes = json.loads(index.read_text(encoding="utf-8"))
+    paths = [Path(place) / "samples" for place in (folder, WEIGHTS) if place is not None]
+    path = next((path for path in paths if (path / "questions.json").is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"no sample scenes in {paths[0]}; `python -m zoo.train.vlm` writes them beside a model."
+        )
+    scenes = json.loads((path / "questions.json").read_text(encoding="utf-8"))
     samples = []
     for scene in scenes:
         with Image.open(path / scene["image"]) as image:

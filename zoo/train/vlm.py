@@ -224,6 +224,11 @@ def multi_question_layout(shown: Tensor, questions: int, length: int) -> tuple[T
     return mask, positions
 
 
+def parameter_groups(objective: VisualQuestionLoss, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of an optimizer: embeddings, norms and biases do not decay."""
+    return param_groups_weight_decay(objective, weight_decay, no_weight_decay_list=("*embed*",))
+
+
 # What a step measures, in this order, and then the share of right answers of each type.
 LOSSES = ("loss", "answer", "patch", "cls", "attention")
 SPEEDS = ("eager", "graph", "compile")
@@ -255,7 +260,7 @@ class Trainer:
         self.index = torch.arange(recipe.batch_size, device=self.device)
         self.rate = torch.tensor(0.0, device=self.device)
         on_gpu = self.device.type == "cuda"
-        groups = param_groups_weight_decay(self.objective, recipe.weight_decay, no_weight_decay_list=("*embed*",))
+        groups = parameter_groups(self.objective, recipe.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), capturable=on_gpu, fused=on_gpu)
         if speed == "compile":
             for layer in [*tower_layers(self.model), *self.model.model.language_model.layers]:
@@ -357,12 +362,12 @@ class Trainer:
         print(f"step {self.steps} {seconds:.0f} s | {losses} | {types}", flush=True)
 
 
-def save(model: nn.Module, folder: Path, pool: GarmentPool, samples: int = 16) -> None:
-    """Write a model in half precision with its processor, and sample scenes of held-out garments."""
+def save(model: nn.Module, folder: Path, pool: GarmentPool | None = None, samples: int = 16) -> None:
+    """Write a model in half precision with its processor, and sample scenes of held-out garments if there are any."""
     vision = model.config.vision_config
     copy.deepcopy(model).half().save_pretrained(folder)
     build_processor(vision.image_size, vision.patch_size).save_pretrained(folder)
-    if samples:
+    if pool is not None:
         save_samples(folder / "samples", pool, vision.image_size, vision.patch_size, samples)
 
 
