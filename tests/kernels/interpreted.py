@@ -33,6 +33,10 @@ from zoo.kernels.tile_sparse import (
 )
 from zoo.kernels.tile_sparse import reference as sparse_reference
 from zoo.kernels.tile_sparse import triton as sparse_kernels
+from zoo.kernels.token_select import reference as select_reference
+from zoo.kernels.token_select import triton as select_kernels
+
+from .selection_plans import PLANS, scores_of
 
 # (map, channels, heads, region, topk, key map, key region, mask_padding, distinct) and the designs expected.
 PROBLEMS = {
@@ -355,3 +359,21 @@ def test_tile_sparse_attention_by_descriptors(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(triton_descriptors, "DESCRIPTORS", True)
     monkeypatch.setattr(triton_descriptors, "can_describe", lambda *tensors: True)
     test_tile_sparse_attention(name)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "heads", "D", "dtype"), [(2, 37, 3, 20, torch.float32), (1, 600, 2, 16, torch.float16)]
+)
+def test_cls_attention(B: int, T: int, heads: int, D: int, dtype: torch.dtype) -> None:
+    q, k = torch.randn(B, 2 * heads * D).to(dtype)[:, heads * D :], torch.randn(B, T, heads * D).to(dtype)
+    row = select_kernels.cls_attention(q, k, heads, 0.3)
+    torch.testing.assert_close(row, select_reference.cls_attention(q, k, heads, 0.3), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_token_select(name: str) -> None:
+    plan = PLANS[name]
+    for first, scores in scores_of(plan)[:2]:
+        mask, budgets = select_kernels.token_select(first, scores, plan)
+        expected = select_reference.token_select(first, scores, plan)
+        assert torch.equal(budgets, expected[1]) and torch.equal(mask, expected[0])

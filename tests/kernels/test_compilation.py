@@ -27,12 +27,16 @@ from zoo.kernels.halo import triton as halo
 from zoo.kernels.halo.reference import Geometry, query_size
 from zoo.kernels.tile_sparse import Diagonal, Layout, pattern_table, triton_descriptors
 from zoo.kernels.tile_sparse import triton as tile_sparse
+from zoo.kernels.token_select import triton as token_select
+
+from .selection_plans import plan_of
 
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int8: "*i8",
     torch.uint8: "*u8",
 }
 OPTIONS = ("num_warps", "num_stages")
@@ -83,6 +87,14 @@ SPARSE = {
     "exact": (Layout((3, 45, 80), 256, "last", granularity="element"), 128, torch.bfloat16),
     "float32": (Layout((3, 45, 80)), 128, torch.float32),
     "small": (Layout((3, 5, 7), 9, "first", (16, 16)), 24, torch.bfloat16),
+}
+# Choice of visual tokens: (tokens, heads, head dim, grid of sub-images, exact, dtype). CLIP-L/14 at 336 pixels, SigLIP
+# at 384 with the largest grid of LLaVA-OneVision, the longest row.
+SELECTIONS = {
+    "clip": (577, 16, 64, (2, 2), False, torch.float16),
+    "clip_exact": (577, 16, 64, (2, 2), True, torch.bfloat16),
+    "siglip": (729, 16, 72, (6, 6), True, torch.float32),
+    "longest": (4096, 16, 80, (1, 2), False, torch.bfloat16),
 }
 # Stack bytes that are known. Configurations were chosen by their time on an H100, where those that spill were the
 # fastest of the ones tried (the dense gradients hold two wide tiles in registers). Not every spill-free one was timed.
@@ -220,6 +232,16 @@ def launch_tile_sparse(name: str) -> None:
     tile_sparse.backward(out, q, q, q, out, lse, *settings)
 
 
+def launch_selection(name: str) -> None:
+    T, heads, D, grid, exact, dtype = SELECTIONS[name]
+    token_select.cls_attention(
+        torch.empty(5, heads * D, dtype=dtype), torch.empty(5, T, heads * D, dtype=dtype), heads, 1.0
+    )
+    plan = plan_of([grid] * 2, T - T % 2, exact=exact)
+    scores = torch.empty(len(plan.image), T - T % 2)
+    token_select.token_select(scores, scores, plan)
+
+
 def check(launches: list, arch: int, folder: Path) -> None:
     assert launches
     for kernel, args, kwargs in launches:
@@ -269,6 +291,13 @@ def test_factorized_compiles(name: str, arch: int, launches: list, tmp_path: Pat
 @pytest.mark.parametrize("name", SPARSE)
 def test_tile_sparse_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
     launch_tile_sparse(name)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selections_compile(name: str, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_selection(name)
     check(launches, arch, tmp_path)
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "pull": ("zoo.cli.pull", "download a model folder from a hub and verify it"),
     "bench": ("zoo.cli.bench", "time the ops and models"),
     "vdit": ("zoo.cli.vdit", "search, apply or describe sparse attention plans of video diffusion models"),
+    "vlm": ("zoo.cli.vlm", "time vision-language models with fewer visual tokens"),
     "demo": ("zoo.cli.demo", "predict, train, export and reload a small model"),
 }
 

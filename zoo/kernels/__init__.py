@@ -6,17 +6,21 @@ from zoo.kernels.depthwise_conv import depthwise_conv2d
 from zoo.kernels.factorized import cross_window_pool, factorized_attention
 from zoo.kernels.halo import halo_attention
 from zoo.kernels.tile_sparse import tile_sparse_attention
+from zoo.kernels.token_select import SelectionPlan, cls_attention, token_select
 
 __all__ = [
     "AgentBias",
     "Routing",
+    "SelectionPlan",
     "agent_attention",
     "bilevel_attention",
     "bilevel_routing",
+    "cls_attention",
     "cross_window_pool",
     "depthwise_conv2d",
     "factorized_attention",
     "halo_attention",
     "route_regions",
     "tile_sparse_attention",
+    "token_select",
 ]

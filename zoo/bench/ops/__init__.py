@@ -7,6 +7,7 @@ from zoo.bench.ops.depthwise_conv import DepthwiseConv
 from zoo.bench.ops.factorized import CrossWindowPool, FactorizedAttention
 from zoo.bench.ops.halo import HaloAttention, HaloLayer
 from zoo.bench.ops.tile_sparse import TileSparseAttention
+from zoo.bench.ops.token_select import TokenSelect
 
 __all__ = ["OPS", "Inputs", "Op", "Provider", "element_size", "input_bytes", "upcast"]
 
@@ -20,4 +21,5 @@ OPS: dict[str, Op] = {
     "halo_attention": HaloAttention(),
     "halo_layer": HaloLayer(),
     "tile_sparse_attention": TileSparseAttention(),
+    "token_select": TokenSelect(),
 }

@@ -194,6 +194,10 @@ class TokenDropper(Method):
         """
         return None
 
+    def plan(self, images: list[ImageGrid], packer: Packer, device: torch.device) -> Any:
+        """Cached tensors that follow from the images' sizes which `reduce` reads; a captured graph keeps them."""
+        return None
+
     @abstractmethod
     def reduce(self, vision: Vision, packer: Packer) -> Kept:
         """Choose or merge the tokens of all images, and put them in order."""

@@ -127,8 +127,8 @@ def _totals(image: ImageGrid, budget: float | int, rule: Rule, capacity: list[in
     if not capacity:
         return total, 0
     if _is_all(budget):
-        # More than there is, so that rounding keeps no patch back.
-        return image.patches, sum(capacity) + (0 if rule.exact else len(capacity))
+        # Without exact counts, more than there is for each sub-image, so that rounding keeps no patch back.
+        return image.patches, sum(capacity) if rule.exact else len(capacity) * (image.patches + 1)
     base = min(int(total * rule.alpha), image.patches)
     rest = min(total - base, sum(capacity))
     # Exactly: what the sub-images cannot take goes back to the whole image.

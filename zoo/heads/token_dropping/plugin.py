@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,10 @@ from zoo.heads.token_dropping.base import AttentionEdit, Budget, Method, Prompt,
 from zoo.heads.token_dropping.families import Encoded, Family, family_of
 from zoo.heads.token_dropping.packing import ImageGrid, Packer
 from zoo.heads.token_dropping.prompts import Lengths, Trimmed, padding_side, trim
+from zoo.heads.token_dropping.towers import Tower
+
+if TYPE_CHECKING:
+    from zoo.heads.token_dropping.capture import CapturedGeneration
 
 PROMPTS = ("original", "trimmed")
 POSITIONS = ("compact", "original")
@@ -40,6 +44,7 @@ class TokenDroppingHandle:
         self.prompt, self.positions, self.bypass = options["prompt"], options["positions"], options["bypass"]
         self.prompt_length: int | None = None
         self.lengths: list[int] | None = None
+        self._takes_encoded = takes_encoded_images(self.model)
         self._removables: list[Any] = []
         self._saved: dict[str, Any] = {}
 
@@ -108,17 +113,36 @@ class TokenDroppingHandle:
         """
         if not isinstance(self.method, TokenDropper):
             raise NotImplementedError(f"method {self.method.name!r} drops nothing before the language model.")
-        tower, partitions, images = self._images(pixel_values, inputs)
+        tower, partitions, images = self._images(pixel_values, **inputs)
         return self.family.encode(self.method, tower, self.packer, partitions, images)
 
-    def _images(self, pixel_values: Tensor, inputs: dict[str, Any]) -> tuple[Any, Tensor, list[ImageGrid]]:
+    def _images(self, pixel_values: Tensor, **inputs: Any) -> tuple[Tower, Tensor, list[ImageGrid]]:
         tower = self.family.tower(*(inputs.get(name) for name in CALL_OPTIONS))
         pixel_values = pixel_values.to(tower.embeddings.patch_embedding.weight.device)
         return tower, *self.family.images(tower, pixel_values, **inputs)
 
+    def capture(self, inputs: Mapping[str, Tensor], max_new_tokens: int = 64) -> CapturedGeneration:
+        """Record prefill and decoding of prompts like these as CUDA graphs, for greedy generation without launches.
+
+        At batch 1 a host that launches kernels one by one takes longer than the GPU does for few tokens. A graph has
+        fixed shapes: `exact=True` (or a budget of 1) makes the counts known, and later prompts need the same batch,
+        image sizes and length. On a CPU the same steps run without a graph.
+
+        Args:
+            inputs: What the processor returns: ids, attention mask, pixel values, image sizes.
+            max_new_tokens: Most tokens that `CapturedGeneration.generate` can make.
+
+        Raises:
+            NotImplementedError: Counts that are not known, methods inside the language model, other attention
+                implementations than "sdpa".
+        """
+        from zoo.heads.token_dropping.capture import CapturedGeneration
+
+        return CapturedGeneration(self, inputs, max_new_tokens)
+
     def token_counts(self, pixel_values: Tensor, **inputs: Any) -> list[int] | None:
         """Visual tokens that each image will take, if that follows from its size (exact counts); otherwise None."""
-        _, _, images = self._images(pixel_values, inputs)
+        _, _, images = self._images(pixel_values, **inputs)
         if self.bypass and self.method.is_identity:
             return self.packer.stock_lengths(images)
         return self.method.lengths(images, self.packer) if isinstance(self.method, TokenDropper) else None
@@ -133,12 +157,12 @@ class TokenDroppingHandle:
         if isinstance(self.method, AttentionEdit):
             with self._editing(token_ids, kwargs.get("attention_mask")):
                 return stock(input_ids=token_ids, **kwargs)
-        mask, encoded = kwargs.pop("attention_mask", None), self._take_images(kwargs)
-        trimmed = self._trim(token_ids, mask, encoded, padding_side(mask), kwargs)
+        mask = kwargs.pop("attention_mask", None)
+        trimmed, encoded = self._read(token_ids, mask, padding_side(mask), kwargs)
         if mask is not None or trimmed.padded:
             kwargs["attention_mask"] = trimmed.attention_mask
         kwargs.update(trimmed.aligned)
-        return stock(**self._with_images(trimmed.token_ids, encoded, generate=False), **kwargs)
+        return stock(**self._with_images(trimmed, encoded, generate=False), **kwargs)
 
     def _generate(self, stock: Callable, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         token_ids = kwargs.pop("input_ids", None)
@@ -150,13 +174,12 @@ class TokenDroppingHandle:
                 return stock(None, *args, input_ids=token_ids, **kwargs)
         mask = kwargs.pop("attention_mask", None)
         with torch.no_grad():
-            encoded = self._take_images(kwargs)
             # Generation reads the last place of each row.
-            trimmed = self._trim(token_ids, mask, encoded, "left", kwargs)
+            trimmed, encoded = self._read(token_ids, mask, "left", kwargs)
             kwargs.update(trimmed.aligned, attention_mask=trimmed.attention_mask)
             self.prompt_length = trimmed.token_ids.shape[1]
             kwargs = self._with_lengths(token_ids.shape[1] - self.prompt_length, kwargs)
-            arguments = self._with_images(trimmed.token_ids, encoded, generate=True, chunks=_chunks(args, kwargs))
+            arguments = self._with_images(trimmed, encoded, generate=True, chunks=_chunks(args, kwargs))
         return self._with_prompt(stock(None, *args, **arguments, **kwargs), token_ids)
 
     def _check(self, token_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -167,14 +190,39 @@ class TokenDroppingHandle:
         if kwargs.get("pixel_values_videos") is not None:
             raise NotImplementedError("token dropping takes images; remove it (handle.remove()) for calls with videos.")
 
-    def _take_images(self, kwargs: dict[str, Any]) -> Encoded:
-        names = [name for name in (*self.family.inputs, *CALL_OPTIONS) if name in kwargs]
-        encoded = self.encode(**{name: kwargs.pop(name) for name in names})
+    def _read(
+        self, token_ids: Tensor, mask: Tensor | None, side: str, kwargs: dict[str, Any]
+    ) -> tuple[Trimmed, Encoded]:
+        """Take the images out of the arguments, encode them, and trim the prompts.
+
+        Where the counts are known, prompts are trimmed first: then nothing waits for the device.
+        """
+        device = token_ids.device
+        token_ids, mask = token_ids.cpu(), None if mask is None else mask.cpu()
+        inputs = {name: kwargs.pop(name) for name in (*self.family.inputs, *CALL_OPTIONS) if name in kwargs}
+        tower, partitions, images = self._images(**inputs)
+        lengths, encoded = None, None
+        if self.positions == "compact":
+            lengths = self.method.lengths(images, self.packer)
+        if lengths is None:
+            encoded = self.family.encode(self.method, tower, self.packer, partitions, images)
+            lengths = encoded.lengths
+        places = self._places(encoded) if self.positions == "original" else None
+        stock = self.packer.stock_lengths(images)
+        trimmed = self._trim(token_ids, mask, Lengths(stock, lengths, places), side, kwargs, device)
+        if encoded is None:
+            encoded = self.family.encode(self.method, tower, self.packer, partitions, images)
         self.lengths = encoded.lengths
-        return encoded
+        return trimmed, encoded
 
     def _trim(
-        self, token_ids: Tensor, mask: Tensor | None, encoded: Encoded, side: str, kwargs: dict[str, Any]
+        self,
+        token_ids: Tensor,
+        mask: Tensor | None,
+        lengths: Lengths,
+        side: str,
+        kwargs: dict[str, Any],
+        device: torch.device,
     ) -> Trimmed:
         aligned = {name: kwargs.pop(name) for name in ALIGNED if kwargs.get(name) is not None}
         past = _past_length(kwargs.get("past_key_values"))
@@ -184,19 +232,21 @@ class TokenDroppingHandle:
         if self.positions == "original" and "position_ids" not in aligned:
             if past:
                 raise NotImplementedError("positions='original' cannot continue a cache; pass position_ids.")
-            aligned["position_ids"] = _positions(token_ids, mask)
-        places = self._places(encoded) if self.positions == "original" else None
+            aligned["position_ids"] = _positions(token_ids, mask).to(device)
         trimmed = trim(
             token_ids,
             mask,
-            Lengths(self.packer.stock_lengths(encoded.images), encoded.lengths, places),
+            lengths,
             image_token=self.model.config.image_token_id,
             pad_token=self._pad_token(),
             side=side,
             aligned=aligned,
             past=past,
+            device=device,
         )
-        return trimmed._replace(token_ids=torch.cat((head, trimmed.token_ids), 1)) if old else trimmed
+        if not old:
+            return trimmed
+        return trimmed._replace(token_ids=torch.cat((head.to(device), trimmed.token_ids), 1), cached=old)
 
     def _places(self, encoded: Encoded) -> list[Tensor]:
         """Places of the kept tokens in the stock model's order of each image."""
@@ -217,23 +267,26 @@ class TokenDroppingHandle:
         configs = (self.model.generation_config, self.model.config, self.model.config.get_text_config())
         return next((x for x in (getattr(c, "pad_token_id", None) for c in configs) if x is not None), 0)
 
-    def _with_images(self, token_ids: Tensor, encoded: Encoded, generate: bool, chunks: bool = False) -> dict[str, Any]:
+    def _with_images(self, trimmed: Trimmed, encoded: Encoded, generate: bool, chunks: bool = False) -> dict[str, Any]:
         """Token ids and images as the stock functions take them."""
-        if "mm_encoder_outputs" in inspect.signature(type(self.model).forward).parameters:
+        if self._takes_encoded:
             from transformers.modeling_outputs import BaseModelOutputWithPooling
 
             images = BaseModelOutputWithPooling(pooler_output=encoded.embeddings)
-            return {"input_ids": token_ids, "mm_encoder_outputs": {"image": images}}
+            return {"input_ids": trimmed.token_ids, "mm_encoder_outputs": {"image": images}}
         if chunks:
             raise NotImplementedError("this version of transformers cannot read images in chunks; 5.23 or later can.")
-        embeddings = self.embed(token_ids, encoded)
-        return {"input_ids": token_ids, "inputs_embeds": embeddings} if generate else {"inputs_embeds": embeddings}
+        embeddings = self.embed(trimmed.token_ids, encoded, trimmed.cached)
+        return (
+            {"input_ids": trimmed.token_ids, "inputs_embeds": embeddings} if generate else {"inputs_embeds": embeddings}
+        )
 
-    def embed(self, token_ids: Tensor, encoded: Encoded) -> Tensor:
-        """[B, L] trimmed ids -> [B, L, D], images in their places."""
+    def embed(self, token_ids: Tensor, encoded: Encoded, cached: int = 0) -> Tensor:
+        """[B, L] trimmed ids -> [B, L, D] with images in their places, except in the first `cached` columns."""
         embeddings = self.model.get_input_embeddings()(token_ids)
-        places = (token_ids == self.model.config.image_token_id)[..., None]
-        return embeddings.masked_scatter(places, torch.cat(encoded.embeddings).to(embeddings))
+        places = token_ids == self.model.config.image_token_id
+        places[:, :cached] = False
+        return embeddings.masked_scatter(places[..., None], torch.cat(encoded.embeddings).to(embeddings))
 
     def _with_lengths(self, dropped: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Limits on the whole length, which count the prompt as the caller knows it."""
@@ -259,6 +312,11 @@ class TokenDroppingHandle:
             yield
         finally:
             self.method.end()
+
+
+def takes_encoded_images(model: nn.Module) -> bool:
+    """Whether forward() and generate() take encoded images, as from transformers 5.23 on, and not embeddings only."""
+    return "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
 
 
 def _chunks(args: tuple, kwargs: dict[str, Any]) -> bool:

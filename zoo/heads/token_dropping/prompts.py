@@ -20,12 +20,14 @@ class Trimmed(NamedTuple):
         attention_mask: [B, L] int64; with the columns of earlier tokens if there is a cache.
         aligned: The other tensors along the tokens.
         padded: Whether any row has padding.
+        cached: Columns of `token_ids` that are in the cache already.
     """
 
     token_ids: Tensor
     attention_mask: Tensor
     aligned: dict[str, Tensor]
     padded: bool
+    cached: int = 0
 
 
 class Lengths(NamedTuple):
@@ -79,6 +81,7 @@ def trim(
     side: str,
     aligned: Mapping[str, Tensor] | None = None,
     past: int = 0,
+    device: torch.device | None = None,
 ) -> Trimmed:
     """Drop the placeholders of tokens that are not kept, and pad rows anew.
 
@@ -92,20 +95,22 @@ def trim(
         side: Where rows are padded, "left" or "right".
         aligned: Tensors [..., L] that run along the tokens: labels, position ids, token types.
         past: Tokens in the cache; their columns of the mask stay as they are.
+        device: Where ids and mask go; by default where they are. The work is done on the host.
 
     Raises:
         ValueError: Numbers of placeholders and images do not fit.
     """
-    device, (B, L) = token_ids.device, token_ids.shape
+    device, (B, L) = device or token_ids.device, token_ids.shape
+    token_ids, attention_mask = token_ids.cpu(), None if attention_mask is None else attention_mask.cpu()
     if attention_mask is None:
-        attention_mask = torch.ones(B, past + L, dtype=torch.int64, device=device)
+        attention_mask = torch.ones(B, past + L, dtype=torch.int64)
     if attention_mask.shape != (B, past + L):
         raise ValueError(
             f"attention_mask must be [B, L] = {[B, past + L]}, the cached tokens included, "
             f"got {tuple(attention_mask.shape)}."
         )
-    host_ids, host_mask = token_ids.cpu(), attention_mask[:, past:].cpu() != 0
-    repeats = _repeats((host_ids == image_token) & host_mask, lengths) * host_mask
+    real = attention_mask[:, past:] != 0
+    repeats = _repeats((token_ids == image_token) & real, lengths) * real
     rows = [torch.arange(L).repeat_interleave(row) for row in repeats]
     length = max(len(row) for row in rows)
     index, mask = torch.zeros(B, length, dtype=torch.int64), torch.zeros(B, length, dtype=torch.int64)
@@ -113,17 +118,15 @@ def trim(
         part = slice(length - len(row), None) if side == "left" else slice(len(row))
         index[b, part], mask[b, part] = row, 1
     padded = not bool(mask.all())
-    index, mask = index.to(device), mask.to(device)
 
     def gather(x: Tensor, fill: int) -> Tensor:
-        # Leading dimensions, as of three-axis positions, share the index; rows of batch 1 serve all.
+        # Leading dimensions, as of three-axis positions, share the index; a row of batch 1 serves all.
         x = x.expand(*x.shape[:-2], B, x.shape[-1])
         x = x.gather(-1, index.to(x.device).expand(*x.shape[:-1], length))
         return torch.where(mask.to(x.device) != 0, x, fill) if padded else x
 
-    return Trimmed(
-        gather(token_ids, pad_token),
-        torch.cat((attention_mask[:, :past], mask.to(attention_mask.dtype)), 1),
-        {name: gather(x, FILL.get(name, 0)) for name, x in (aligned or {}).items()},
-        padded,
-    )
+    # Such copies do not wait for the device.
+    ids = gather(token_ids, pad_token).to(device, non_blocking=True)
+    full_mask = torch.cat((attention_mask[:, :past], mask.to(attention_mask.dtype)), 1)
+    others = {name: gather(x, FILL.get(name, 0)) for name, x in (aligned or {}).items()}
+    return Trimmed(ids, full_mask.to(device, non_blocking=True), others, padded)

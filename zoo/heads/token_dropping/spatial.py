@@ -57,8 +57,11 @@ class Spatial(BlindSelector):
 
     def select(self, vision: Vision, packer: Packer) -> Tensor:
         """Evenly spaced patches."""
-        counts = tuple(self.counts(vision.images, packer))
-        return _even(tuple(vision.images), counts, packer.legacy, vision.features.device)
+        return self.plan(vision.images, packer, vision.features.device)
+
+    def plan(self, images: list[ImageGrid], packer: Packer, device: torch.device) -> Tensor:
+        """The mask."""
+        return _even(tuple(images), tuple(self.counts(images, packer)), packer.legacy, device)
 
 
 @functools.lru_cache(64)

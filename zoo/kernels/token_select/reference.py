@@ -76,7 +76,7 @@ def content(first: Tensor, plan: SelectionPlan) -> Tensor:
     weight = torch.where(plan.hits[:, None] > 0, hits.to(scores.dtype), scores)
     slots = torch.arange(1, plan.capacity.shape[1] + 1, device=first.device)
     on_slot = plan.region[:, None] == slots[:, None]  # [I, K, N]
-    weight = (weight[:, None] * on_slot).sum(-1)
+    weight = (weight[:, None] * on_slot).sum(-1).float()
     # Without any content, or if told so, sub-images are alike.
     alike = (plan.hits < 0) | (weight.sum(-1) == 0)
     return torch.where(alike[:, None], (plan.capacity > 0).to(weight.dtype), weight)
