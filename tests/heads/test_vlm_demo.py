@@ -1,13 +1,11 @@
 """The demonstration of token dropping on the small vision-language model, and its measurement by budget."""
 
-import argparse
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from zoo.cli import vlm_demo
+from zoo.cli import main, vlm_demo
 from zoo.cli.vlm_demo import kept_patches
 from zoo.heads.tiny_vlm import build_tiny_vlm, load_tiny_vlm
 from zoo.train import vlm
@@ -35,15 +33,9 @@ def folder(pool, tmp_path_factory):
     return path
 
 
-def arguments(*argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    vlm_demo.add_arguments(parser)
-    return parser.parse_args([str(arg) for arg in argv])
-
-
 def test_demo_prints_and_draws(folder, tmp_path, capsys) -> None:
-    args = arguments("--model", folder, "--out", tmp_path, "--scenes", 2, "--device", "cpu", "--budgets", 1, 0.5, 0.1)
-    assert vlm_demo.run(args) == 0
+    options = ["--scenes", "2", "--device", "cpu", "--budgets", "1", "0.5", "0.1"]
+    assert main(["vlm", "demo", "--model", str(folder), "--out", str(tmp_path), *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "12 questions about 2 scenes of held-out garments, on cpu"
     rows = [line.split()[:2] for line in lines[2:9]]
@@ -66,11 +58,10 @@ def test_pictures_show_what_is_kept(folder) -> None:
     assert (pixels[bright] == 200).all() and (pixels[~bright] == 50).all()
 
 
-def test_demo_without_model(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no model. Train one"):
-        vlm_demo.run(arguments("--model", tmp_path, "--device", "cpu"))
-    with pytest.raises(SystemExit):
-        arguments("--budgets", 1.5)
+def test_demo_without_model(tmp_path, capsys) -> None:
+    assert main(["vlm", "demo", "--model", str(tmp_path), "--device", "cpu"]) == 1
+    assert "holds no model. Train one on a GPU" in capsys.readouterr().err
+    assert main(["vlm", "demo", "--budgets", "1.5"]) == 2
 
 
 def test_evaluate_leaves_the_model_as_it_was(folder, pool) -> None:

@@ -139,14 +139,16 @@ def build_tiny_vlm(
     numbers = {name: vocabulary.index(token) for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))}
     ends = {f"{name}_token_id": number for name, number in numbers.items()}
     vision_config = CLIPVisionConfig(**{"hidden_act": "gelu", **VISION, **(vision or {})})
+    text = {**TEXT, **(text or {})}
     text_config = LlamaConfig(
         **{
             "vocab_size": len(vocabulary),
+            # The usual 0.02 suits wide models; from it a narrow one takes thousands of steps to look anything up.
+            "initializer_range": text["hidden_size"] ** -0.5,
             "max_position_embeddings": 1024,
             "tie_word_embeddings": True,
             **ends,
-            **TEXT,
-            **(text or {}),
+            **text,
         }
     )
     config = LlavaConfig(
