@@ -28,7 +28,7 @@ def test_profile(capsys, tmp_path) -> None:
         assert int(row["visual_tokens"]) == {"stock": 88, "hired": 24, "spatial": 20}[row["method"]]
         assert int(row["prompt_tokens"]) == int(row["visual_tokens"]) + 60 and float(row["ttft_ms"]) > 0
         cached = int(row["prompt_tokens"]) + (3 if row["launch"] == "graph" else 2)
-        size = 2 * 2 * 64 * 4 * cached * int(row["batch"]) / 2**20
+        size = 2 * 4 * 64 * 4 * cached * int(row["batch"]) / 2**20
         assert float(row["kv_mib"]) == pytest.approx(size, rel=0.02)
 
 

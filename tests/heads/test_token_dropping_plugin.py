@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlavaNextForConditionalGeneration
 
 import zoo
-from zoo.heads.token_dropping import plugin
+from zoo.heads.token_dropping import AttentionEdit, Prompt, plugin
 from zoo.heads.token_dropping.families import family_of
 
 from .vlm_models import IMAGE, NAMES, PAD, build, geometry, inputs_of, row_of, stock_lengths
@@ -291,6 +291,67 @@ def test_without_pre_encoded_images(next_model: nn.Module, monkeypatch: pytest.M
             generate(next_model, inputs, prefill_chunk_size=7)
 
 
+@torch.no_grad()
+def test_embeddings_instead_of_ids(model: nn.Module) -> None:
+    inputs = inputs_of(model, [[SQUARE], [WIDE]], side="right")
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    embedded = {**{k: v for k, v in inputs.items() if k != "input_ids"}, "inputs_embeds": embeddings}
+    with zoo.hired.apply(model, 0.3):
+        torch.testing.assert_close(model(**embedded).logits, model(**inputs).logits)
+        settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, suppress_tokens=[IMAGE])
+        expected = model.generate(**inputs, **settings)
+        assert torch.equal(model.generate(**embedded, **settings), expected[:, -4:])
+        assert torch.equal(model.generate(**inputs, inputs_embeds=embeddings, **settings), expected)
+
+
+class Recorder(AttentionEdit):
+    """An edit that changes nothing."""
+
+    name = "recorder"
+
+    def __init__(self) -> None:
+        self.calls, self.hooks = [], []
+
+    def install(self, language_model: nn.Module) -> list:
+        hook = language_model.layers[0].register_forward_pre_hook(lambda m, args: self.calls.append(args[0].shape[:2]))
+        return [hook]
+
+    def begin(self, prompt: Prompt) -> None:
+        self.calls.append(prompt)
+
+    def end(self) -> None:
+        self.calls.append("end")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encoded_first", [True, False])
+def test_edits_are_told_of_prompts(model: nn.Module, encoded_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin and end once around a call, beams and errors included; without images nothing is told."""
+    inputs, edit = inputs_of(model, [[SQUARE], [WIDE]]), Recorder()
+    if not encoded_first:
+        monkeypatch.setattr(type(model), "_supports_mm_encoder_outputs", lambda self: False, raising=False)
+    expected = generate(model, inputs, num_beams=2)
+    with zoo.hired.apply(model, method=edit) as handle:
+        assert torch.equal(generate(model, inputs, num_beams=2), expected)
+        prompt, *shapes, end = edit.calls
+        assert end == "end" and all(isinstance(shape, torch.Size) and shape[0] == 4 for shape in shapes)
+        assert torch.equal(prompt.image_mask, inputs["input_ids"] == IMAGE)
+        assert torch.equal(prompt.attention_mask, inputs["attention_mask"] != 0)
+        assert torch.equal(prompt.expand(4).token_ids, inputs["input_ids"].repeat_interleave(2, 0))
+        assert handle.prompt_length == inputs["input_ids"].shape[1]
+        with pytest.raises(ValueError, match="no multiple"):
+            prompt.expand(3)
+        edit.calls.clear()
+        with pytest.raises(Exception, match="do not match"):
+            model(**{**inputs, **_fewer(inputs)})
+        assert edit.calls[-1] == "end"
+        edit.calls.clear()
+        model(input_ids=torch.tensor([[1, 5, 9]]))
+        assert edit.calls == [torch.Size([1, 3])]
+    with pytest.raises(ValueError, match="pass them to its constructor"):
+        zoo.hired.apply(model, 0.3, method=edit)
+
+
 def test_wrong_inputs_are_explained(next_model: nn.Module) -> None:
     inputs = inputs_of(next_model, [[SQUARE]])
     with zoo.hired.apply(next_model, 0.3):
@@ -298,8 +359,8 @@ def test_wrong_inputs_are_explained(next_model: nn.Module) -> None:
             next_model(**{k: v for k, v in inputs.items() if k != "image_sizes"})
         with pytest.raises(ValueError, match="hold .* image placeholders, but 1 images need"):
             next_model(**{**inputs, **_fewer(inputs)})
-        with pytest.raises(ValueError, match="needs input_ids"):
-            next_model(inputs_embeds=torch.zeros(1, 4, 32), pixel_values=inputs["pixel_values"])
+        with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
+            next_model(pixel_values=inputs["pixel_values"])
         with pytest.raises(ValueError, match=r"pixel_values must be \[1, 5 or more"):
             next_model(**{**inputs, "pixel_values": inputs["pixel_values"][:, :3]})
         with pytest.raises(ValueError, match="attention_mask must be"):

@@ -95,7 +95,7 @@ def random_config(name: str) -> tuple[Any, Any]:
     common = dict(image_token_id=32000, vision_feature_layer=-2, vision_feature_select_strategy="default")
     if name == "tiny":
         vision |= dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, image_size=56)
-        text |= dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        text |= dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
         text |= dict(num_key_value_heads=4, vocab_size=256)
         common["image_token_id"] = 255
     if name == "llava-next-mistral-7b":

@@ -38,7 +38,6 @@ class TokenSelect(Op):
     """
 
     leaves = ("q", "k")
-    alternatives = ()
 
     def make_inputs(self, shape, dtype, device, seed=0):
         generator = torch.Generator(device).manual_seed(seed)

@@ -45,6 +45,7 @@ class TokenDroppingHandle:
         self.prompt_length: int | None = None
         self.lengths: list[int] | None = None
         self._takes_encoded = takes_encoded_images(self.model)
+        self._prompting = False
         self._removables: list[Any] = []
         self._saved: dict[str, Any] = {}
 
@@ -152,48 +153,58 @@ class TokenDroppingHandle:
     def _forward(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs = {**inspect.signature(stock).bind_partial(*args).arguments, **kwargs}
-        token_ids = kwargs.pop("input_ids", None)
-        self._check(token_ids, kwargs)
+        token_ids = self._token_ids(kwargs.get("input_ids"), kwargs)
         if isinstance(self.method, AttentionEdit):
-            with self._editing(token_ids, kwargs.get("attention_mask")):
-                return stock(input_ids=token_ids, **kwargs)
+            with self._editing(token_ids, kwargs):
+                return stock(**kwargs)
+        kwargs.pop("input_ids", None)
         mask = kwargs.pop("attention_mask", None)
         trimmed, encoded = self._read(token_ids, mask, padding_side(mask), kwargs)
         if mask is not None or trimmed.padded:
             kwargs["attention_mask"] = trimmed.attention_mask
-        kwargs.update(trimmed.aligned)
-        return stock(**self._with_images(trimmed, encoded, generate=False), **kwargs)
+        return stock(**self._with_images(trimmed, encoded, kwargs))
 
     def _generate(self, stock: Callable, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        token_ids = kwargs.pop("input_ids", None)
-        token_ids = inputs if token_ids is None else token_ids
-        self._check(token_ids, kwargs)
+        given = kwargs.pop("input_ids", None)
+        given = inputs if given is None else given
+        token_ids = self._token_ids(given, kwargs)
         if isinstance(self.method, AttentionEdit):
             self.prompt_length = token_ids.shape[1]
-            with self._editing(token_ids, kwargs.get("attention_mask")):
-                return stock(None, *args, input_ids=token_ids, **kwargs)
-        mask = kwargs.pop("attention_mask", None)
+            with self._editing(token_ids, kwargs):
+                return stock(given, *args, **kwargs)
+        mask, past = kwargs.pop("attention_mask", None), _past_length(kwargs.get("past_key_values"))
+        # A cache is continued with the ids of everything so far, or with the new ones.
+        cached = past if token_ids.shape[1] > past else 0
         with torch.no_grad():
             # Generation reads the last place of each row.
-            trimmed, encoded = self._read(token_ids, mask, "left", kwargs)
-            kwargs.update(trimmed.aligned, attention_mask=trimmed.attention_mask)
+            trimmed, encoded = self._read(token_ids, mask, "left", kwargs, cached)
             self.prompt_length = trimmed.token_ids.shape[1]
+            kwargs["attention_mask"] = trimmed.attention_mask
             kwargs = self._with_lengths(token_ids.shape[1] - self.prompt_length, kwargs)
-            arguments = self._with_images(trimmed, encoded, generate=True, chunks=_chunks(args, kwargs))
-        return self._with_prompt(stock(None, *args, **arguments, **kwargs), token_ids)
+            chunks = _chunks(args, kwargs)
+            kwargs = self._with_images(trimmed, encoded, kwargs, chunks=chunks)
+        if given is None:
+            # From embeddings alone, generate() returns new tokens alone.
+            return stock(None, *args, **kwargs)
+        return self._with_prompt(stock(None, *args, **{**kwargs, "input_ids": trimmed.token_ids}), token_ids)
 
-    def _check(self, token_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
-        if token_ids is None:
-            raise ValueError(
-                "token dropping needs input_ids, where it finds the places of images; inputs_embeds hide it."
-            )
+    def _token_ids(self, token_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        """Ids of the prompts; of embeddings, ids that are right at the places of images."""
         if kwargs.get("pixel_values_videos") is not None:
             raise NotImplementedError("token dropping takes images; remove it (handle.remove()) for calls with videos.")
+        if token_ids is not None:
+            return token_ids
+        embeddings, image = kwargs.get("inputs_embeds"), self.model.config.image_token_id
+        if embeddings is None:
+            raise ValueError("token dropping needs input_ids or inputs_embeds beside pixel_values.")
+        table = self.model.get_input_embeddings()
+        placeholder = table(torch.tensor(image, device=table.weight.device)).to(embeddings)
+        return torch.where((embeddings == placeholder).all(-1), image, int(image == 0))
 
     def _read(
-        self, token_ids: Tensor, mask: Tensor | None, side: str, kwargs: dict[str, Any]
+        self, token_ids: Tensor, mask: Tensor | None, side: str, kwargs: dict[str, Any], cached: int = 0
     ) -> tuple[Trimmed, Encoded]:
-        """Take the images out of the arguments, encode them, and trim the prompts.
+        """Take the images out of the arguments, encode them, and trim the prompts behind the first `cached` columns.
 
         Where the counts are known, prompts are trimmed first: then nothing waits for the device.
         """
@@ -209,7 +220,7 @@ class TokenDroppingHandle:
             lengths = encoded.lengths
         places = self._places(encoded) if self.positions == "original" else None
         stock = self.packer.stock_lengths(images)
-        trimmed = self._trim(token_ids, mask, Lengths(stock, lengths, places), side, kwargs, device)
+        trimmed = self._trim(token_ids, mask, Lengths(stock, lengths, places), side, cached, kwargs, device)
         if encoded is None:
             encoded = self.family.encode(self.method, tower, self.packer, partitions, images)
         self.lengths = encoded.lengths
@@ -221,14 +232,16 @@ class TokenDroppingHandle:
         mask: Tensor | None,
         lengths: Lengths,
         side: str,
+        cached: int,
         kwargs: dict[str, Any],
         device: torch.device,
     ) -> Trimmed:
         aligned = {name: kwargs.pop(name) for name in ALIGNED if kwargs.get(name) is not None}
+        embeddings = kwargs.pop("inputs_embeds", None)
+        if embeddings is not None:
+            aligned["inputs_embeds"] = embeddings.movedim(-1, 0)  # [D, B, L]
         past = _past_length(kwargs.get("past_key_values"))
-        # generate() continues a cache with the ids of everything so far.
-        old = past if token_ids.shape[1] > past and side == "left" else 0
-        head, token_ids = token_ids[:, :old], token_ids[:, old:]
+        head, token_ids = token_ids[:, :cached], token_ids[:, cached:]
         if self.positions == "original" and "position_ids" not in aligned:
             if past:
                 raise NotImplementedError("positions='original' cannot continue a cache; pass position_ids.")
@@ -244,9 +257,9 @@ class TokenDroppingHandle:
             past=past,
             device=device,
         )
-        if not old:
+        if not cached:
             return trimmed
-        return trimmed._replace(token_ids=torch.cat((head.to(device), trimmed.token_ids), 1), cached=old)
+        return trimmed._replace(token_ids=torch.cat((head.to(device), trimmed.token_ids), 1), cached=cached)
 
     def _places(self, encoded: Encoded) -> list[Tensor]:
         """Places of the kept tokens in the stock model's order of each image."""
@@ -267,26 +280,31 @@ class TokenDroppingHandle:
         configs = (self.model.generation_config, self.model.config, self.model.config.get_text_config())
         return next((x for x in (getattr(c, "pad_token_id", None) for c in configs) if x is not None), 0)
 
-    def _with_images(self, trimmed: Trimmed, encoded: Encoded, generate: bool, chunks: bool = False) -> dict[str, Any]:
-        """Token ids and images as the stock functions take them."""
-        if self._takes_encoded:
+    def _with_images(
+        self, trimmed: Trimmed, encoded: Encoded, kwargs: dict[str, Any], chunks: bool = False
+    ) -> dict[str, Any]:
+        """Arguments of the stock functions: trimmed ids and encoded images, or embeddings of both."""
+        aligned = dict(trimmed.aligned)
+        embeddings = aligned.pop("inputs_embeds", None)
+        kwargs = {**kwargs, **aligned}
+        if embeddings is None and self._takes_encoded:
             from transformers.modeling_outputs import BaseModelOutputWithPooling
 
             images = BaseModelOutputWithPooling(pooler_output=encoded.embeddings)
-            return {"input_ids": trimmed.token_ids, "mm_encoder_outputs": {"image": images}}
+            return {**kwargs, "input_ids": trimmed.token_ids, "mm_encoder_outputs": {"image": images}}
         if chunks:
-            raise NotImplementedError("this version of transformers cannot read images in chunks; 5.23 or later can.")
-        embeddings = self.embed(trimmed.token_ids, encoded, trimmed.cached)
-        return (
-            {"input_ids": trimmed.token_ids, "inputs_embeds": embeddings} if generate else {"inputs_embeds": embeddings}
-        )
-
-    def embed(self, token_ids: Tensor, encoded: Encoded, cached: int = 0) -> Tensor:
-        """[B, L] trimmed ids -> [B, L, D] with images in their places, except in the first `cached` columns."""
-        embeddings = self.model.get_input_embeddings()(token_ids)
-        places = token_ids == self.model.config.image_token_id
-        places[:, :cached] = False
-        return embeddings.masked_scatter(places[..., None], torch.cat(encoded.embeddings).to(embeddings))
+            raise NotImplementedError(
+                "prefill in chunks needs input_ids, not embeddings, and images that are encoded before, "
+                "as transformers does from 5.23 on."
+            )
+        if embeddings is None:
+            embeddings = self.model.get_input_embeddings()(trimmed.token_ids)
+        else:
+            embeddings = embeddings.movedim(0, -1)
+        places = trimmed.token_ids == self.model.config.image_token_id
+        places[:, : trimmed.cached] = False
+        features = torch.cat(encoded.embeddings).to(embeddings)
+        return {**kwargs, "inputs_embeds": embeddings.masked_scatter(places[..., None], features)}
 
     def _with_lengths(self, dropped: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Limits on the whole length, which count the prompt as the caller knows it."""
@@ -305,12 +323,20 @@ class TokenDroppingHandle:
         return out
 
     @contextlib.contextmanager
-    def _editing(self, token_ids: Tensor, mask: Tensor | None) -> Iterator[None]:
+    def _editing(self, token_ids: Tensor, kwargs: dict[str, Any]) -> Iterator[None]:
+        if self._prompting:
+            # generate() calls forward() with the images.
+            yield
+            return
+        mask = kwargs.get("attention_mask")
         mask = torch.ones_like(token_ids) if mask is None else mask[:, -token_ids.shape[1] :]
-        self.method.begin(Prompt(token_ids == self.model.config.image_token_id, mask != 0, token_ids))
+        ids = token_ids if kwargs.get("inputs_embeds") is None else None
+        self.method.begin(Prompt(token_ids == self.model.config.image_token_id, mask != 0, ids))
+        self._prompting = True
         try:
             yield
         finally:
+            self._prompting = False
             self.method.end()
 
 

@@ -67,8 +67,8 @@ def _repeats(is_image: Tensor, lengths: Lengths) -> Tensor:
 
 
 def padding_side(attention_mask: Tensor | None) -> str:
-    """Side on which prompts [B, L] are padded; "right" without padding."""
-    return "left" if attention_mask is not None and bool((attention_mask[:, 0] == 0).any()) else "right"
+    """Side on which prompts [B, L] are padded; "left", as these models' processors do, without padding."""
+    return "right" if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()) else "left"
 
 
 def trim(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from zoo.heads.token_dropping.base import Budget, Vision
-from zoo.heads.token_dropping.packing import Packer
+from zoo.heads.token_dropping.packing import ImageGrid, Packer
 from zoo.heads.token_dropping.spatial import BlindSelector
 
 
@@ -28,15 +29,34 @@ class Random(BlindSelector):
 
     def select(self, vision: Vision, packer: Packer) -> Tensor:
         """Patches with the largest random numbers."""
-        device, generator = vision.features.device, None
+        device = vision.features.device
         if self.seed is not None:
-            generator = torch.Generator().manual_seed(self.seed)
-        # Drawn on the host, so that a seed means the same everywhere.
-        draw = torch.rand(vision.features.shape[0], vision.images[0].patches, generator=generator)
-        draw = draw.masked_fill(~packer.candidates(vision.images, torch.device("cpu")), -1)
-        masks = []
-        for image, (count, _) in zip(vision.split(draw), self.counts(vision.images, packer), strict=True):
-            flat = torch.zeros(image.numel(), dtype=torch.bool)
-            flat[image.flatten().topk(count).indices] = True
-            masks.append(flat.view_as(image))
-        return torch.cat(masks).to(device)
+            return self.plan(vision.images, packer, device)
+        draw = torch.rand(vision.features.shape[0], vision.images[0].patches, device=device)
+        return _largest(draw, vision.images, self.counts(vision.images, packer), packer)
+
+    def plan(self, images: list[ImageGrid], packer: Packer, device: torch.device) -> Tensor | None:
+        """The mask of a seed."""
+        if self.seed is None:
+            return None
+        return _seeded(tuple(images), tuple(self.counts(images, packer)), packer.legacy, self.seed, device)
+
+
+def _largest(draw: Tensor, images: list[ImageGrid], counts: list[tuple[int, int]], packer: Packer) -> Tensor:
+    """[P, N] bool: the patches of each image with the largest numbers of `draw`, none that shows padding."""
+    draw = draw.masked_fill(~packer.candidates(images, draw.device), -1)
+    masks = []
+    for image, (count, _) in zip(draw.split([image.partitions for image in images]), counts, strict=True):
+        kept = image.flatten().topk(count).indices
+        masks.append(torch.zeros(image.numel(), dtype=torch.bool, device=draw.device).index_fill_(0, kept, True))
+    return torch.cat(masks).view_as(draw)
+
+
+@functools.lru_cache(64)
+def _seeded(
+    images: tuple[ImageGrid, ...], counts: tuple[tuple[int, int], ...], legacy: bool, seed: int, device: torch.device
+) -> Tensor:
+    # Drawn on the host, so that a seed means the same everywhere.
+    shape = sum(image.partitions for image in images), images[0].patches
+    draw = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    return _largest(draw, list(images), list(counts), Packer("legacy" if legacy else "fixed")).to(device)

@@ -15,7 +15,7 @@ from zoo.kernels.token_select.reference import SelectionPlan
 
 LOWEST = tl.constexpr(-(2**31))
 # Elements of the keys that a program holds at a time.
-TILE = 8192
+TILE = 16384
 
 
 @triton.jit
@@ -62,13 +62,18 @@ def _top(scores, inside, count):
 
 
 @triton.jit
+def _divide(x, total):
+    """x / total, rounded as on the host, where `/` may be off by a bit and floors would differ; 0 / 0 is 0."""
+    return tl.div_rn(x, x * 0.0 + tl.where(total == 0, 1.0, total))
+
+
+@triton.jit
 def _quota(weight, full, capacity, rest):
     """Shares of what full sub-images leave of `rest`, and that rest."""
     left = rest - tl.sum(tl.where(full, capacity, 0.0), 0)
     share = tl.where(full, 0.0, weight)
     share = tl.where(tl.sum(share, 0) == 0, tl.where(full, 0.0, 1.0), share)
-    total = tl.sum(share, 0)
-    return left * share / tl.where(total == 0, 1.0, total), left
+    return _divide(left * share, tl.sum(share, 0)), left
 
 
 @triton.jit
@@ -123,10 +128,8 @@ def _select_kernel(
         if EXACT:
             shares = _exact(weight, capacity.to(tl.float32), rest, SLOTS).to(tl.int32)
         else:
-            total = tl.sum(weight, 0)
-            # Each rounded on its own, as published.
-            share = tl.div_rn(weight, tl.zeros([SLOTS], tl.float32) + tl.where(total == 0, 1.0, total)) * rest
-            shares = tl.minimum(share.to(tl.int32), capacity)
+            # Quotient and product are rounded each on its own, as published.
+            shares = tl.minimum((_divide(weight, tl.sum(weight, 0)) * rest).to(tl.int32), capacity)
         budget = tl.sum(tl.where(s == slot - 1, shares, 0), 0)
     scores = tl.load(scores_ptr + row.to(tl.int64) * stride_s + n, mask=inside, other=0.0)
     offset = row.to(tl.int64) * N + n
@@ -142,7 +145,7 @@ def cls_attention(q: Tensor, k: Tensor, heads: int, scale: float) -> Tensor:
     B, T, C = k.shape
     out = torch.empty(B, heads, T, dtype=torch.float32, device=k.device)
     if B:
-        block = triton.next_power_of_2(T)
+        block = max(triton.next_power_of_2(T), 16)
         width = min(triton.next_power_of_2(C // heads), max(TILE // block, 4))
         _cls_kernel[(heads, B)](
             q, k, out, T, q.stride(0), k.stride(0), k.stride(1), scale,
