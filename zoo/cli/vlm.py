@@ -6,6 +6,7 @@ import importlib
 # action: (module with add_arguments(parser) and run(args), one line of help)
 ACTIONS = {
     "profile": ("zoo.cli.vlm_profile", "time a model at several budgets and methods of token dropping"),
+    "demo": ("zoo.cli.vlm_demo", "small trained model: accuracy, time and kept tokens at several budgets"),
 }
 
 
