@@ -6,10 +6,12 @@ from zoo.kernels.depthwise_conv import depthwise_conv2d
 from zoo.kernels.factorized import cross_window_pool, factorized_attention
 from zoo.kernels.halo import halo_attention
 from zoo.kernels.tile_sparse import tile_sparse_attention
+from zoo.kernels.voxelize import Voxels, segment_max, segment_mean, voxelize
 
 __all__ = [
     "AgentBias",
     "Routing",
+    "Voxels",
     "agent_attention",
     "bilevel_attention",
     "bilevel_routing",
@@ -18,5 +20,8 @@ __all__ = [
     "factorized_attention",
     "halo_attention",
     "route_regions",
+    "segment_max",
+    "segment_mean",
     "tile_sparse_attention",
+    "voxelize",
 ]
