@@ -30,6 +30,8 @@ from zoo.kernels.halo import triton as halo
 from zoo.kernels.halo.reference import Geometry, query_size
 from zoo.kernels.tile_sparse import Diagonal, Layout, pattern_table, triton_descriptors
 from zoo.kernels.tile_sparse import triton as tile_sparse
+from zoo.kernels.voxelize import make_grid
+from zoo.kernels.voxelize import triton as voxelize
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -233,6 +235,15 @@ def launch_flat_window(name: str) -> None:
     flat_window.backward(out, q, k, v, out, lse, order[0], groups, group, 0.25)
 
 
+def launch_voxelize(order: str, dtype: torch.dtype) -> None:
+    grid = make_grid((0.32, 0.32, 6), (-74.88, -74.88, -2, 74.88, 74.88, 4), order == "zyx", order)
+    grouped = voxelize.group_points(torch.zeros(1000, 5), [400, 600], grid, 128)
+    _, sorted_points, index, offsets = grouped
+    voxelize.point_features(torch.zeros(1000, 5), sorted_points, offsets, grouped.voxels.coords, grid, True)
+    out, row = voxelize.segment_max(torch.empty(1000, 128, dtype=dtype), offsets)
+    voxelize.segment_max_backward(out, row, index)
+
+
 def launch_tile_sparse(name: str) -> None:
     layout, D, dtype = SPARSE[name]
     q = torch.empty(1, layout.tokens, 2, D, dtype=dtype).transpose(1, 2)
@@ -290,6 +301,13 @@ def test_factorized_compiles(name: str, arch: int, launches: list, tmp_path: Pat
 @pytest.mark.parametrize("name", FLAT)
 def test_flat_window_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
     launch_flat_window(name)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("order", "dtype"), [("zyx", torch.float32), ("xyz", torch.bfloat16)])
+def test_voxelize_compiles(order: str, dtype: torch.dtype, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_voxelize(order, dtype)
     check(launches, arch, tmp_path)
 
 
