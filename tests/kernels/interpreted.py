@@ -414,12 +414,12 @@ def test_flattening_in_int64(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(order, expected[0]) and torch.equal(groups, expected[1])
 
 
-@pytest.mark.parametrize("capacity", [None, 400, 50])
+@pytest.mark.parametrize("capacity", [None, 100, 20])
 @pytest.mark.parametrize(("order", "clamp"), [("zyx", True), ("xyz", False)])
 def test_grouped_points(order: str, clamp: bool, capacity: int | None) -> None:
     torch.manual_seed(0)
-    points, sizes = torch.rand(240, 5) * 10 - 5, [90, 0, 150]
-    points[3, 4], points[100, 0] = torch.nan, torch.inf
+    points, sizes = torch.rand(80, 5) * 10 - 5, [30, 0, 50]
+    points[3, 4], points[60, 0] = torch.nan, torch.inf
     grid = make_grid((0.5, 0.25, 1.0), (-4.0, -2.0, -1.0, 4.0, 2.0, 2.0), clamp, order)
     expected = voxel_reference.group_points(points, sizes, grid, capacity)
     actual = voxel_kernels.group_points(points, sizes, grid, capacity)

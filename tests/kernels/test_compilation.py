@@ -82,13 +82,11 @@ FACTORIZED = {
     "stage1_float32": (56, 64, 1, 8, torch.float32),
     "stage4_float32": (7, 512, 8, 1, torch.float32),
 }
-# Flattened window attention: (group, heads, head dim, dtype). FlatFormer on Waymo and by default, the limits.
+# Flattened window attention: (group, heads, head dim, dtype). FlatFormer on Waymo, and the limits.
 FLAT = {
     "waymo": (144, 8, 16, torch.float16),
-    "default": (69, 8, 16, torch.bfloat16),
     "limits": (256, 2, 64, torch.bfloat16),
     "float32": (144, 8, 16, torch.float32),
-    "float32_limits": (256, 2, 16, torch.float32),
 }
 # Pattern sparse attention: (layout, head dim, dtype). Heads of HunyuanVideo and CogVideoX, exact masks.
 SPARSE = {

@@ -163,23 +163,22 @@ def _segment_max_kernel(
     s = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin, end = tl.load(offsets_ptr + s), tl.load(offsets_ptr + s + 1)
-    largest = tl.full([BLOCK_C], float("-inf"), tl.float32)
-    row = tl.zeros([BLOCK_C], tl.int32) + N
-    found_nan = tl.zeros([BLOCK_C], tl.int32)
+    largest = tl.full([BLOCK_N, BLOCK_C], float("-inf"), tl.float32)
+    row = tl.zeros([BLOCK_N, BLOCK_C], tl.int32) + N
+    # Each place of the tile keeps its own maximum, so that the loop over a crowded voxel has no reduction.
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         mask = (n < end)[:, None] & (c < C)[None, :]
-        x = tl.load(values_ptr + n[:, None] * C + c[None, :], mask=mask, other=float("-inf")).to(tl.float32)
-        is_nan = x != x
-        nan = tl.max(is_nan.to(tl.int32), 0)
-        top = tl.max(tl.where(is_nan, float("-inf"), x), 0)
-        best = tl.where(nan[None, :] > 0, is_nan, x == top[None, :]) & mask
-        first = tl.min(tl.where(best, n[:, None].to(tl.int32), N), 0)
-        better = (found_nan == 0) & ((nan > 0) | (top > largest) | (row == N))
-        row = tl.where(better, first, row)
-        largest = tl.where(better, top, largest)
-        found_nan = tl.maximum(found_nan, nan)
-    value = tl.where(found_nan > 0, float("nan"), tl.where(row == N, 0.0, largest))
+        x = tl.load(values_ptr + n[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        better = mask & ((row == N) | (x > largest) | ((x != x) & (largest == largest)))
+        largest = tl.where(better, x, largest)
+        row = tl.where(better, n[:, None].to(tl.int32), row)
+    is_nan = largest != largest
+    nan = tl.max(is_nan.to(tl.int32), 0)
+    top = tl.max(tl.where(is_nan, float("-inf"), largest), 0)
+    best = tl.where(nan[None, :] > 0, is_nan, largest == top[None, :])
+    row = tl.min(tl.where(best, row, N), 0)
+    value = tl.where(nan > 0, float("nan"), tl.where(row == N, 0.0, top))
     tl.store(out_ptr + s * C + c, value.to(out_ptr.dtype.element_ty), mask=c < C)
     tl.store(row_ptr + s * C + c, row, mask=c < C)
 
@@ -245,7 +244,7 @@ def point_features(
         centre = [size / 2 + low for size, low in zip(grid.voxel_size, grid.minimum, strict=True)]
         _point_features_kernel[(V,)](
             points.contiguous(), order, offsets, coords, out, *grid.voxel_size, *centre,
-            F=F, WIDTH=width, DISTANCE=with_distance, BLOCK_N=32, num_warps=1,
+            F=F, WIDTH=width, DISTANCE=with_distance, BLOCK_N=128, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -259,7 +258,7 @@ def segment_max(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     if out.numel():
         block = min(128, triton.next_power_of_2(C))
         _segment_max_kernel[(S, triton.cdiv(C, block))](
-            values.contiguous(), offsets, out, row, N, C=C, BLOCK_N=8, BLOCK_C=block, num_warps=1
+            values.contiguous(), offsets, out, row, N, C=C, BLOCK_N=32, BLOCK_C=block, num_warps=4
         )
     return out, row
 
