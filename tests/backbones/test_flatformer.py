@@ -228,6 +228,9 @@ def test_padded_graphs() -> None:
         with torch.autocast("cuda", torch.float16, enabled=autocast):
             torch.testing.assert_close(graphs(features, voxels), backbone(features, voxels), rtol=2e-3, atol=2e-3)
     assert len(graphs.graphs) == 4
+    graphs.clear()
+    with torch.inference_mode():
+        graphs(features, voxels)
     backbone.block_list[0].block[0].fc1.weight.mul_(2)
     torch.testing.assert_close(graphs(features, voxels), backbone(features, voxels), rtol=1e-3, atol=1e-3)
 

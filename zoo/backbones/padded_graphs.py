@@ -74,9 +74,12 @@ class PaddedGraphs:
         return captured.out
 
     def _capture(self, V: int, features: Tensor, voxels: Voxels, autocast: Any) -> Captured:
-        buffer = features.new_zeros(V, *features.shape[1:])
-        num = torch.zeros((), dtype=torch.int64, device=features.device)
-        padded = voxels._replace(coords=voxels.coords.new_zeros(V, 4), num=num)
+        # Tensors made in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            buffer = torch.zeros(V, *features.shape[1:], dtype=features.dtype, device=features.device)
+            coords = torch.zeros(V, 4, dtype=torch.int32, device=features.device)
+            num = torch.zeros((), dtype=torch.int64, device=features.device)
+        padded = voxels._replace(coords=coords, num=num)
         captured = Captured(torch.cuda.CUDAGraph(), buffer, padded, None)
         captured.load(features, voxels)
         stream = torch.cuda.Stream()
