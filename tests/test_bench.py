@@ -9,9 +9,12 @@ import pytest
 import torch
 import yaml
 
-from zoo.bench import gate, main, models, report, runner, suites, timing
+from zoo.bench import gate, main, models, report, runner, suites, timing, unet_steps, video_steps
 from zoo.bench.ops import OPS, Op
 from zoo.bench.ops.bilevel_routing import plain_attention, routed_block_mask, sdpa_attention
+from zoo.bench.ops.tile_sparse_flex import flex, flex_kernel, gather_tokens
+from zoo.kernels.tile_sparse import density
+from zoo.kernels.tile_sparse.patterns import tile_map
 
 CPU = torch.device("cpu")
 
@@ -190,7 +193,10 @@ def test_usage_errors(args, message, capsys):
         ({"ops": ["depthwise_conv"], "shapes": [], "dtypes": ["int8"]}, "int8"),
         ({"ops": ["depthwise_conv"], "shapes": [], "cpu": {"colour": 1}}, "colour"),
         ({"models": ["x"], "batch": 1, "size": 1, "modes": ["forward"]}, "forward"),
-        ({"title": "neither"}, "either ops or models"),
+        ({"title": "neither"}, "one of ops, models"),
+        ({"ops": [], "models": []}, "one of ops, models"),
+        ({"transformers": [], "compile": ["reduce-overhead"]}, "reduce-overhead"),
+        ({"unets": []}, "lacks"),
     ],
 )
 def test_suite_mistakes_are_named(write_suite, data, message):
@@ -206,7 +212,10 @@ def test_shipped_suites_load(name, fast, cpu):
     if suite.kind == "models":
         for model in suite.settings["models"]:
             assert models.provider_of(model) in ("zoo", "timm")
-    else:
+    elif suite.kind == "transformers":
+        for entry in suite.settings["transformers"]:
+            assert "density" in video_steps.describe(entry, "none")
+    elif suite.kind == "ops":
         for op in suite.settings["ops"]:
             for shape in suite.settings["shapes"]:
                 assert OPS[op].bytes(shape, torch.bfloat16, True) > OPS[op].bytes(shape, torch.bfloat16, False) > 0
@@ -229,6 +238,108 @@ def test_op_suites_run(name, tmp_path):
     for op in {row["name"] for row in rows}:
         assert {"zoo", OPS[op].baseline} <= {row["provider"] for row in rows if row["name"] == op}
     assert {row["mode"] for row in rows} == {"forward", "forward+backward"}
+
+
+def test_video_suite_splits_steps(tmp_path):
+    assert quick("video_steps", "--out", str(tmp_path)) == 0
+    rows = rows_of(tmp_path / "video_steps.csv")
+    for name in video_steps.MODELS:
+        found = {(row["provider"], row["mode"]): float(row["p50"]) for row in rows if row["name"] == name}
+        parts = [(provider, mode) for provider in ("dense", "zoo") for mode in ("step", "attention", "rest")]
+        assert set(found) == {("stock", "step"), *parts, ("zoo", "tables")}
+        for provider in ("dense", "zoo"):
+            assert found[provider, "step"] == pytest.approx(
+                found[provider, "attention"] + found[provider, "rest"], rel=1e-3
+            )
+    assert all("layers=3/60" in row["config"] for row in rows if row["name"] == "hunyuan")
+
+
+def small_entry(name):
+    return next(e for e in suites.load("video_steps", True, True).settings["transformers"] if e["model"] == name)
+
+
+@pytest.mark.parametrize("name", video_steps.MODELS)
+def test_compiled_blocks_of_a_video_model_keep_their_split(name):
+    entry = small_entry(name)
+    model = video_steps.build_model(entry, torch.float32, CPU)
+    inputs, plan = video_steps.make_inputs(model, entry, torch.float32, CPU), video_steps.mixed_plan(model, entry)
+    stock = video_steps.run_provider("stock", model, plan, inputs, CPU, 1)
+    with video_steps.compiled(model, "default", backend="eager", fullgraph=True):
+        dense = video_steps.run_provider("dense", model, plan, inputs, CPU, 2)
+    torch.testing.assert_close(dense.out, stock.out, rtol=1e-4, atol=1e-4)
+    assert len(dense.attention) == 2
+    assert all(0 < part < whole for part, whole in zip(dense.attention, dense.step, strict=True))
+
+
+def test_steps_in_fp8():
+    entry = small_entry("wan_14b")
+    model = video_steps.build_model(entry, torch.float32, CPU)
+    inputs, plan = video_steps.make_inputs(model, entry, torch.float32, CPU), video_steps.mixed_plan(model, entry)
+    exact, rounded = (
+        video_steps.run_provider(provider, model, plan, inputs, CPU, 1).out for provider in ("zoo", "zoo_fp8")
+    )
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
+
+
+def test_dense_attention_that_differs_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(video_steps, "dense_attention", lambda q, k, v: q + v)
+    assert quick("video_steps", "--out", str(tmp_path), "--filter", "wan") == 1
+    assert "off the stock model's" in capsys.readouterr().err
+    assert {row["provider"] for row in rows_of(tmp_path / "video_steps.csv")} == {"stock", "zoo"}
+
+
+@pytest.mark.parametrize("name", video_steps.MODELS)
+@pytest.mark.parametrize("target", [None, 0.1, 0.9])
+def test_plans_have_the_mean_density(name, target):
+    full = next(e for e in suites.load("video_steps").settings["transformers"] if e["model"] == name)
+    full = {**full, "density": target or full["density"]}
+    # The shape of the released model, on no device.
+    model = video_steps.build_model({**full, "layers": 6}, torch.bfloat16, torch.device("meta"))
+    densities = video_steps.mixed_plan(model, full).densities()[0]
+    assert sum(densities) / len(densities) == pytest.approx(full["density"], abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("wan_14b", 14.3), ("hunyuan", 12.8), ("cogvideox15_5b", 5.6)])
+def test_video_models_have_the_released_size(name, billions):
+    model = video_steps.build_model({"model": name}, torch.bfloat16, torch.device("meta"))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.1)
+
+
+def test_unet_suite_times_both_phases(tmp_path):
+    assert quick("agent_sd", "--out", str(tmp_path)) == 0
+    rows = rows_of(tmp_path / "agent_sd.csv")
+    assert {(row["provider"], row["mode"]) for row in rows} == {
+        (provider, mode) for provider in unet_steps.PROVIDERS for mode in (*unet_steps.PHASES, "loop")
+    }
+    found = {row["mode"]: float(row["p50"]) for row in rows if row["provider"] == "fast"}
+    assert found["loop"] == pytest.approx(0.4 * found["first_phase"] + 0.6 * found["second_phase"], rel=1e-3)
+
+
+def test_unet_providers_do_what_they_say():
+    entry = suites.load("agent_sd", True, True).settings["unets"][0]
+    unet = unet_steps.build_unet(entry, torch.float32, CPU)
+    inputs = unet_steps.make_inputs(unet, 128, 1, torch.float32, CPU)
+    seen, outs = {}, {}
+    for provider in unet_steps.PROVIDERS:
+        with unet_steps.applied(unet, provider):
+            for name, (timestep, _) in unet_steps.PHASES.items():
+                outs[provider, name] = unet_steps.step_of(unet, inputs, timestep)()
+                layer = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.processor
+                context = getattr(getattr(layer, "layer", None), "context", None)
+                seen[provider, name] = context and context.plan(16 * 16)
+    first, second = unet_steps.PHASES
+    assert seen["sdpa", first] is None
+    # Merging alone: half of the tokens, never agents.
+    assert [(p.merged, p.agent_merged) for p in (seen["merge", first], seen["merge", second])] == [(128, 0)] * 2
+    assert seen["official", first].agent_merged > 0 and seen["official", second].agent_merged == 0
+    # Few tokens: softmax layers of mode "fast" merge none.
+    assert seen["fast", first].agent_merged > 0 and seen["fast", second] is None
+    assert torch.equal(outs["fast", second], outs["sdpa", second])
+
+
+def test_unet_is_that_of_stable_diffusion():
+    unet = unet_steps.build_unet({}, torch.float16, torch.device("meta"))
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
 
 
 def test_model_suite_runs(write_suite, tmp_path):
@@ -381,6 +492,48 @@ def test_block_mask_is_the_region_graph():
     padded[:, :length, :length] = expected
     blocks = padded.reshape(2, 5, 128, 5, 128).any(4).any(2)
     assert torch.equal(mask.to_dense()[:, 0].bool(), blocks)
+
+
+TILES = {
+    "batch": 2, "frames": 3, "height": 5, "width": 6, "heads": 6, "dim": 16, "tile": [32, 16],
+    "patterns": ["diagonal 0.5", "multi_diagonal 0.4", "stripe 0", "skip", "full", "multi_diagonal 0"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [{}, {"text": 20}, {"text": 16, "text_position": "first"}])
+def test_flex_attends_to_the_same_tiles(text):
+    op = OPS["tile_sparse_attention"]
+    inputs = op.make_inputs({**TILES, **text}, torch.float64, CPU)
+    with torch.no_grad():
+        torch.testing.assert_close(flex(inputs), op.reference(inputs))
+    layout = inputs["settings"]["layout"]
+    # Blocks are the tiles, whole ones but where keys fill up a tile.
+    tiles = torch.stack([tile_map(pattern, layout) for pattern in inputs["head_patterns"]]).int()
+    mask = inputs["flex"].mask
+    assert torch.equal(mask.to_dense()[0], tiles)
+    assert layout.tile == mask.BLOCK_SIZE
+    filled = {layout.key_tiles[0] - 1} | ({sum(layout.key_tiles) - 1} if text.get("text") == 20 else set())
+    partial = mask.kv_indices[0, 4, 0, : mask.kv_num_blocks[0, 4, 0]]
+    assert set(partial.tolist()) == filled
+
+
+def test_flex_without_gathers_is_forward_only():
+    inputs = OPS["tile_sparse_attention"].make_inputs(TILES, torch.float32, CPU)
+    with pytest.raises(NotImplementedError, match="forward only"):
+        flex_kernel(inputs)
+    with torch.no_grad():
+        tiles = flex_kernel(inputs)
+        torch.testing.assert_close(gather_tokens(tiles, inputs["flex"].place), flex(inputs), rtol=0, atol=0)
+
+
+def test_density_is_told_and_the_gate_takes_each_pattern_once():
+    op = OPS["tile_sparse_attention"]
+    shape = {**TILES, "heads": 24}
+    layout = op.layout(shape)
+    mean = sum(density(pattern, layout) for pattern in op.patterns(shape)) / 6
+    assert float(op.facts(shape)["density"]) == pytest.approx(mean, abs=1e-4)
+    assert op.gate_shape(shape)["heads"] == 6
+    assert op.gate_shape({**shape, "patterns": ["full", "skip", "full"]})["patterns"] == ["full", "skip"]
 
 
 def test_routing_is_judged(monkeypatch):

@@ -52,6 +52,15 @@ def test_full_heads_beside_sparse_ones_are_the_stock_heads(name) -> None:
         assert all(p.active for p in handle.hook.processors)
 
 
+def test_queries_and_keys_in_fp8() -> None:
+    tiny = build("hunyuan")
+    with sparse_vdit.use(tiny.model, tiny.plan()):
+        expected = tiny()
+    with sparse_vdit.use(tiny.model, tiny.plan(), qk_dtype=torch.float8_e4m3fn):
+        out = tiny()
+    assert 1e-5 < (out - expected).norm() / expected.norm() < 0.05
+
+
 @ALL
 def test_remove_restores_the_model(name) -> None:
     tiny = build(name)

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from zoo.heads import sparse_vdit
+from zoo.heads.sparse_vdit.calibrate import ColumnMass
+from zoo.heads.sparse_vdit.context import Step
 from zoo.heads.sparse_vdit.decide import decide_budget, decide_paper
 from zoo.heads.sparse_vdit.record import head_errors, measure_costs
 from zoo.heads.sparse_vdit.search import _fingerprint, _grouping, _handled
@@ -319,3 +321,56 @@ def test_progress_bar_gives_the_pipelines_own_back(capsys) -> None:
     assert pipe.bar == {"desc": "mine"}
     out, err = capsys.readouterr()
     assert out == ""
+
+
+@pytest.mark.parametrize("position", ["first", "last"])
+def test_column_mass_is_that_of_the_attention_matrix(position) -> None:
+    layout, lengths = Layout(GRID, TEXT, position, TILE), torch.tensor([TEXT, 4])
+    q, k = torch.randn(2, 2, HEADS, layout.tokens, 12).unbind()
+    start = TEXT if position == "first" else 0
+    token = torch.arange(layout.tokens) - (0 if position == "first" else layout.video)
+    padded = (token >= lengths[:, None]) & (token < TEXT)
+    padded[:, start : start + layout.video] = False
+    logits = (q @ k.mT * 12**-0.5).masked_fill(padded[:, None, None], float("-inf"))
+    columns = logits.softmax(-1)[:, :, start : start + layout.video, start : start + layout.video].sum((0, 1, 2))
+    every = ColumnMass(rows=1000)
+    every.add(q, k, layout, lengths)
+    expected = torch.stack([part.sum() for part in columns.double().split(TILE[1])])
+    torch.testing.assert_close(every.mass, expected, rtol=1e-5, atol=1e-6)
+    best = set(expected.topk(3).indices.tolist())
+    assert set(every.top(3 / len(expected))) == best and list(every.top(1)) == list(range(len(expected)))
+    assert len(every.top(1e-9)) == 1
+    # A few rows: evenly spaced ones, each with a sum of one over video and text.
+    some = ColumnMass(rows=5)
+    some.add(q, k, layout)
+    assert 0 < some.mass.sum() < 2 * HEADS * 5
+
+
+def test_calibrated_blocks_are_those_of_most_attention() -> None:
+    pipe = Pipeline()
+    dense = Pipeline()("a cat", 4, torch.Generator().manual_seed(3), "latent")
+    layout = Layout(GRID, tile=TILE)
+    settings = dict(tile=TILE, generator=torch.Generator().manual_seed(3), call_kwargs={"num_inference_steps": 4})
+    stripe = sparse_vdit.calibrate_blocks(pipe, ["a cat"], share=0.3, **settings)
+    assert len(stripe["blocks"]) == round(0.3 * layout.key_tiles[0])
+    # The model is as before.
+    after = pipe("a cat", 4, torch.Generator().manual_seed(3), "latent")
+    assert torch.equal(after, dense)
+    plan = search(pipe, candidates=[stripe], density=0.6, call_kwargs={"num_inference_steps": 4}, dense_steps=0)
+    assert plan.parsed()[1] == VerticalStripe(blocks=tuple(stripe["blocks"]), block_size=TILE[1])
+    assert any(i == 1 for layers in plan.assign for ids in layers for i in ids)
+
+
+@pytest.mark.parametrize("change", [dict(share=0), dict(share=1.1), dict(rows=0), dict(prompts=[])])
+def test_calibration_refuses_bad_arguments(change) -> None:
+    with pytest.raises(ValueError, match="share must lie in|prompts must be"):
+        sparse_vdit.calibrate_blocks(Pipeline(), change.pop("prompts", ["a cat"]), **change)
+
+
+def test_calibration_refuses_videos_of_two_sizes() -> None:
+    recorder, step = ColumnMass(4), Step()
+    step.layout = Layout(GRID)
+    assert recorder.begin_call(step, 2) == [True, True]
+    step.layout = Layout((1, 2, 3))
+    with pytest.raises(ValueError, match="all prompts need one size"):
+        recorder.begin_call(step, 2)

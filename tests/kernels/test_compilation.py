@@ -37,6 +37,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
@@ -313,6 +314,17 @@ def test_voxelize_compiles(order: str, dtype: torch.dtype, arch: int, launches: 
 @pytest.mark.parametrize("name", SPARSE)
 def test_tile_sparse_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
     launch_tile_sparse(name)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("name", ["hunyuan", "cogvideox", "small"])
+def test_tile_sparse_compiles_in_fp8(name: str, arch: int, launches: list, tmp_path: Path) -> None:
+    layout, D, dtype = SPARSE[name]
+    q = torch.empty(1, layout.tokens, 2, D, dtype=dtype).transpose(1, 2)
+    settings = (torch.zeros(2, dtype=torch.int32), pattern_table([Diagonal(1)], layout), layout, None, D**-0.5)
+    tile_sparse.forward(q, q, q, *settings, fp8=True)
+    assert len(launches) == 2
     check(launches, arch, tmp_path)
 
 

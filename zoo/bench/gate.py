@@ -18,41 +18,45 @@ SLACK = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 1e-4}
 
 
 def evaluate(provider: Provider, inputs: Inputs, leaves: tuple[str, ...], seed: int = 1) -> dict[str, torch.Tensor]:
-    """Output and gradients by name, for a random gradient of the output."""
-    out = provider(inputs)
+    """Output, and gradients of `leaves` by name for a random gradient of the output."""
+    present = [name for name in leaves if name in inputs]
+    with torch.set_grad_enabled(bool(present)):
+        out = provider(inputs)
+    if not present:
+        return {"output": out.detach()}
     generator = torch.Generator(out.device).manual_seed(seed)
     # Drawn in bfloat16, so that every dtype receives the same values.
     grad = torch.randn(out.shape, generator=generator, device=out.device).bfloat16().to(out.dtype)
-    present = [name for name in leaves if name in inputs]
     grads = torch.autograd.grad(out, [inputs[name] for name in present], grad)
     return {"output": out.detach(), **{f"gradient of {name}": g for name, g in zip(present, grads, strict=True)}}
 
 
 def check(
-    op: Op, shape: Mapping[str, Any], dtype: torch.dtype, device: torch.device, names: list[str]
+    op: Op, shape: Mapping[str, Any], dtype: torch.dtype, device: torch.device, names: list[str], backward: bool = True
 ) -> dict[str, str]:
-    """Compare the providers ``names`` with the float64 reference at one shape.
+    """Compare the providers ``names`` with the float64 reference at one shape, gradients too with ``backward``.
 
     Returns:
         The reason of refusal for every provider that failed.
     """
     providers = op.providers(device)
     failures: dict[str, str] = {}
-    inputs = op.make_inputs(shape, dtype, device)
+    inputs = op.make_inputs(op.gate_shape(shape), dtype, device)
     fixed = op.gate_inputs(inputs)
     problem = op.invariants(fixed)
     if problem:
         return {name: problem for name in names if name in op.ours}
+    leaves = op.leaves if backward else ()
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        expected = evaluate(op.reference, upcast(fixed, op.leaves), op.leaves)
+        expected = evaluate(op.reference, upcast(fixed, op.leaves), leaves)
         bounds = {}
-        for name, value in evaluate(providers[op.baseline], fixed, op.leaves).items():
+        for name, value in evaluate(providers[op.baseline], fixed, leaves).items():
             bounds[name] = 2 * distance(value, expected[name]) + SLACK[dtype] * scale(expected[name])
         for provider in names:
             if provider == op.baseline or provider in op.alternatives:
                 continue
             try:
-                found = evaluate(providers[provider], dict(fixed), op.leaves)
+                found = evaluate(providers[provider], dict(fixed), leaves)
             except Exception as error:  # whatever a provider raises refuses this provider alone
                 failures[provider] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 continue

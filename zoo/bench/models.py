@@ -125,12 +125,16 @@ class Profile:
 
 
 def profile(job: Job, steps: int = 3) -> Profile:
+    """Profile some steps of a job."""
+    return profile_step(build(job), job.device, steps)
+
+
+def profile_step(step: Callable[[], Any], device: torch.device, steps: int = 3) -> Profile:
     """Profile some steps after a warm-up with torch's profiler; GPU kernels where there is a GPU, else operators."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    on_gpu = job.device.type == "cuda"
-    step = build(job)
+    on_gpu = device.type == "cuda"
     for _ in range(3 if on_gpu else 1):
         step()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
@@ -138,7 +142,7 @@ def profile(job: Job, steps: int = 3) -> Profile:
         for _ in range(steps):
             step()
         if on_gpu:
-            torch.cuda.synchronize(job.device)
+            torch.cuda.synchronize(device)
     kernels, groups = [], defaultdict(float)
     for event in recorded.key_averages():
         is_kernel = event.device_type == torch.autograd.DeviceType.CUDA

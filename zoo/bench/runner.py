@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from zoo.bench import gate, models, report, suites, timing
+from zoo.bench import gate, models, report, suites, timing, unet_steps, video_steps
 from zoo.bench.ops import OPS, Inputs, Op, Provider, input_bytes
 
 BASELINE_MODES = {"forward": False, "forward+backward": True}
@@ -29,6 +29,8 @@ class Options:
     dtypes: tuple[str, ...] | None
     quick: bool
     profile: bool
+    # Of the suite; None leaves the default.
+    most_samples: int | None = None
 
     def wants(self, *parts: str) -> bool:
         """Whether every filter matches the description of a measurement."""
@@ -40,7 +42,8 @@ class Options:
         """Samples per measurement."""
         if self.quick:
             return 1
-        return 20 if self.device.type == "cuda" else 5
+        samples = 20 if self.device.type == "cuda" else 5
+        return min(samples, self.most_samples or samples)
 
 
 class Outcome:
@@ -144,16 +147,13 @@ def run(chosen: Sequence[suites.Suite], options: Options) -> int:
     """Run suites one after the other."""
     failures, measured = 0, 0
     for suite in chosen:
-        if options.profile and suite.kind == "ops":
+        if options.profile and suite.kind != "models":
             note(f"{suite.name}: --profile is for model suites, skipped")
             continue
         saved = options.out or not options.quick
         path = (options.out or suites.results_folder()) / f"{suite.name}.csv" if saved else None
         outcome = Outcome(path)
-        if suite.kind == "ops":
-            run_ops(suite, options, outcome)
-        else:
-            run_models(suite, options, outcome)
+        RUNNERS[suite.kind](suite, options, outcome)
         failures += outcome.failures
         measured += len(outcome.rows)
         if outcome.rows:
@@ -169,6 +169,7 @@ def run(chosen: Sequence[suites.Suite], options: Options) -> int:
 def run_ops(suite: suites.Suite, options: Options, outcome: Outcome) -> None:
     """Gate and time every op, shape and dtype of a suite."""
     settings = suite.settings
+    options = dataclasses.replace(options, most_samples=settings.get("samples"))
     for name in settings["ops"]:
         op = OPS[name]
         for shape in settings["shapes"]:
@@ -187,7 +188,7 @@ def run_case(
     suite: suites.Suite, name: str, op: Op, shape: Mapping[str, Any], dtype: str, options: Options, outcome: Outcome
 ) -> None:
     """One op at one shape and dtype: the gate, then all modes and providers."""
-    device, config = options.device, describe(shape)
+    device, config = options.device, describe({**shape, **op.facts(shape)})
     allowed = suite.settings.get("providers")
     providers = {k: v for k, v in op.providers(device).items() if allowed is None or k in allowed}
     modes = suite.settings.get("modes", suites.OP_MODES)
@@ -205,7 +206,8 @@ def run_case(
     try:
         # What the filters leave out is not checked either: compiling a peer can take longer than all timings.
         chosen = [provider for provider in providers if any(provider == left for _, left in wanted)]
-        refused = gate.check(op, shape, suites.DTYPES[dtype], device, chosen)
+        backward = any(BASELINE_MODES[mode] for mode, _ in wanted)
+        refused = gate.check(op, shape, suites.DTYPES[dtype], device, chosen, backward)
     except Exception as error:  # a crash costs this case, never the rest of the run
         outcome.fail(f"{label}: refused, the correctness check did not run: {summary(error)}")
         return
@@ -239,7 +241,7 @@ def run_case(
                     **values,
                 )
             )
-        add_speedups(rows, op.baseline)
+        add_speedups(rows, suite.settings.get("baseline", op.baseline))
         outcome.add(rows)
 
 
@@ -385,3 +387,6 @@ def measure_model(job: models.Job, options: Options) -> dict[str, Any]:
     samples = options.samples // 2 if options.samples > 1 else 1
     time = timing.wall_time([step], job.device, samples, min_seconds=0.2 if on_gpu else 1e-3)
     return {"metric": "throughput", "unit": "img/s", **time.rate(job.batch)._asdict(), "memory_mib": peak}
+
+
+RUNNERS = {"ops": run_ops, "models": run_models, "transformers": video_steps.run, "unets": unet_steps.run}

@@ -1,9 +1,11 @@
 """Suites: YAML files that say what to run, and where results go.
 
-An op suite has ``ops``, ``shapes``, ``dtypes``, ``modes`` and optionally ``providers``; a model suite has ``models``,
-``batch``, ``size``, ``dtypes``, ``modes``, ``compile``, ``channels_last`` and ``accelerate`` (time timm's models under
-`zoo.accelerate` too). The sections ``cpu`` and ``quick`` override keys on a machine without a GPU and under
-``--quick``.
+An op suite has ``ops``, ``shapes``, ``dtypes``, ``modes`` and optionally ``providers``, ``baseline`` (whom speed-ups
+refer to) and ``samples`` (fewer than usual, for calls that take long); a model suite has ``models``, ``batch``,
+``size``, ``dtypes``, ``modes``, ``compile``, ``channels_last`` and ``accelerate`` (time timm's models under
+`zoo.accelerate` too). Suites with ``transformers`` or ``unets`` time whole models of diffusers, see
+`zoo.bench.video_steps` and `zoo.bench.unet_steps`. The sections ``cpu`` and ``quick`` override keys on a machine
+without a GPU and under ``--quick``.
 """
 
 from __future__ import annotations
@@ -16,8 +18,15 @@ from typing import Any
 import torch
 import yaml
 
-OP_KEYS = {"ops", "shapes", "dtypes", "modes", "providers", "batch"}
+OP_KEYS = {"ops", "shapes", "dtypes", "modes", "providers", "baseline", "batch", "samples"}
 MODEL_KEYS = {"models", "batch", "size", "dtypes", "modes", "compile", "channels_last", "accelerate"}
+# Kinds of suites by the key that tells them, with the keys that they may have and those that they must.
+KINDS = {
+    "ops": (OP_KEYS, {"ops", "shapes"}),
+    "models": (MODEL_KEYS, {"models", "batch", "size"}),
+    "transformers": ({"transformers", "dtypes", "compile", "providers", "samples"}, {"transformers"}),
+    "unets": ({"unets", "sizes", "batch", "dtypes", "providers"}, {"unets", "sizes"}),
+}
 OP_MODES = ("forward", "forward+backward")
 MODEL_MODES = ("inference", "train")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -69,9 +78,10 @@ def load(name: str, quick: bool = False, cpu: bool = False) -> Suite:
         hint = f"did you mean {close[0]}? " if close else ""
         raise FileNotFoundError(f"no suite {name!r}; {hint}available suites: {', '.join(list_suites())}")
     data = yaml.safe_load(path.read_text())
-    if not isinstance(data, dict) or ("ops" in data) == ("models" in data):
-        raise ValueError(f"{path.name} must be a mapping with either ops or models")
-    kind = "ops" if "ops" in data else "models"
+    kinds = [kind for kind in KINDS if kind in data] if isinstance(data, dict) else []
+    if len(kinds) != 1:
+        raise ValueError(f"{path.name} must be a mapping with one of {', '.join(KINDS)}")
+    kind = kinds[0]
     for section, wanted in (("cpu", cpu), ("quick", quick)):
         overrides = data.pop(section, None) or {}
         check_keys(path.name, kind, overrides)
@@ -84,7 +94,7 @@ def load(name: str, quick: bool = False, cpu: bool = False) -> Suite:
 
 def check_keys(name: str, kind: str, data: dict[str, Any]) -> None:
     """Refuse keys that nobody reads."""
-    known = OP_KEYS if kind == "ops" else MODEL_KEYS
+    known = KINDS[kind][0]
     unknown = sorted(set(data) - known)
     if unknown:
         raise ValueError(f"{name} has unknown keys {unknown}; known are {sorted(known)}, cpu and quick")
@@ -92,16 +102,19 @@ def check_keys(name: str, kind: str, data: dict[str, Any]) -> None:
 
 def check_values(name: str, kind: str, data: dict[str, Any]) -> None:
     """Refuse unknown ops, dtypes and modes, and missing keys."""
-    from zoo.bench.models import COMPILE_MODES
+    from zoo.bench import models, unet_steps, video_steps
     from zoo.bench.ops import OPS
 
-    required = {"ops", "shapes"} if kind == "ops" else {"models", "batch", "size"}
-    missing = sorted(required - set(data))
+    missing = sorted(KINDS[kind][1] - set(data))
     if missing:
         raise ValueError(f"{name} lacks {missing}")
-    modes = OP_MODES if kind == "ops" else MODEL_MODES
-    allowed = {"dtypes": DTYPES, "modes": modes, **({"ops": OPS} if kind == "ops" else {"compile": COMPILE_MODES})}
-    for key, choices in allowed.items():
+    allowed = {
+        "ops": {"ops": OPS, "modes": OP_MODES},
+        "models": {"modes": MODEL_MODES, "compile": models.COMPILE_MODES},
+        "transformers": {"compile": video_steps.COMPILE_MODES, "providers": video_steps.PROVIDERS},
+        "unets": {"providers": unet_steps.PROVIDERS},
+    }[kind]
+    for key, choices in {"dtypes": DTYPES, **allowed}.items():
         for value in data.get(key, ()):
             if value not in choices:
                 raise ValueError(f"{name}: {key} must be among {list(choices)}, got {value!r}")

@@ -39,6 +39,14 @@ class Op:
         """The definition, evaluated on float64 inputs."""
         return self.providers(torch.device("cpu"))[self.baseline](inputs)
 
+    def facts(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+        """What else a row's configuration tells about a shape."""
+        return {}
+
+    def gate_shape(self, shape: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Shape of the correctness gate; an op of many independent parts can have fewer there."""
+        return shape
+
     def gate_inputs(self, inputs: Inputs) -> Inputs:
         """Inputs of the correctness gate; an op with discrete decisions fixes them here."""
         return inputs

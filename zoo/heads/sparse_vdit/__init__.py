@@ -13,6 +13,7 @@ arXiv:2506.03065. The paper leaves window widths, tiles and the treatment of tex
 `zoo.kernels.tile_sparse.patterns`.
 """
 
+from zoo.heads.sparse_vdit.calibrate import calibrate_blocks
 from zoo.heads.sparse_vdit.plan import SparsePlan, uniform_plan
 from zoo.heads.sparse_vdit.plugin import PlanHandle, PlanHandles, apply_plan, describe_model, use
 from zoo.heads.sparse_vdit.search import CANDIDATES, search
@@ -23,6 +24,7 @@ __all__ = [
     "PlanHandles",
     "SparsePlan",
     "apply_plan",
+    "calibrate_blocks",
     "describe_model",
     "search",
     "uniform_plan",

@@ -123,8 +123,8 @@ class Step:
         recorder: During a search, what takes the place of the attention.
     """
 
-    def __init__(self, backend: str = "auto") -> None:
-        self.backend = backend
+    def __init__(self, backend: str = "auto", qk_dtype: torch.dtype | None = None) -> None:
+        self.backend, self.qk_dtype = backend, qk_dtype
         self.tokens = 0
         self.layout: Layout | None = None
         self.table: PatternTable | None = None
@@ -142,7 +142,8 @@ class Step:
         table = self.table
         if table.rows.device != q.device:
             table = PatternTable(*(t.to(q.device) for t in table))
-        return tile_sparse_attention(q, k, v, ids, table, self.layout, text_length=text_length, backend=self.backend)
+        options = dict(text_length=text_length, qk_dtype=self.qk_dtype, backend=self.backend)
+        return tile_sparse_attention(q, k, v, ids, table, self.layout, **options)
 
     def warn(self, reason: str) -> None:
         """Say once why attention runs dense."""

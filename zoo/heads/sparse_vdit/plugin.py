@@ -81,6 +81,7 @@ def apply_plan(
     plan: SparsePlan | Mapping[str, SparsePlan],
     *,
     backend: str = "auto",
+    qk_dtype: torch.dtype | None = None,
     on_mismatch: str = "dense",
     component: str = "transformer",
 ) -> PlanHandle | PlanHandles:
@@ -95,6 +96,8 @@ def apply_plan(
         plan: The plan, or plans by component: `{"transformer": ..., "transformer_2": ...}` for the two experts of
             Wan 2.2.
         backend: Of `zoo.kernels.tile_sparse.tile_sparse_attention`: `auto`, `triton` or `reference`.
+        qk_dtype: torch.float8_e4m3fn: queries and keys of sparse layers are multiplied in FP8, for inference on GPUs
+            that have it; plans are searched without.
         on_mismatch: What to do at another token grid than the searched one if the plan has stripes of blocks, which
             are bound to it: `dense` (with one warning), `error`, or `nearest`, the same relative places. Plans without
             blocks fit every grid.
@@ -115,7 +118,7 @@ def apply_plan(
         with contextlib.ExitStack() as applied:
             handles = {
                 name: applied.enter_context(
-                    apply_plan(pipe, each, backend=backend, on_mismatch=on_mismatch, component=name)
+                    apply_plan(pipe, each, backend=backend, qk_dtype=qk_dtype, on_mismatch=on_mismatch, component=name)
                 )
                 for name, each in plan.items()
             }
@@ -124,7 +127,7 @@ def apply_plan(
     model = transformer_of(pipe, component)
     family = family_of(model)
     _check_model(model, family, plan)
-    return _install(model, plan, Step(backend), on_mismatch)
+    return _install(model, plan, Step(backend, qk_dtype), on_mismatch)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def search(
         costs: Time of each candidate relative to full attention, in the order of `candidates`; with `time` and
             without `costs`, they are measured here.
         lam, eps: Of `paper`.
-        candidates: Patterns, as in a plan.
+        candidates: Patterns, as in a plan; `calibrate_blocks` makes another one for one size of video.
         bins: Number of groups of consecutive steps that share an assignment; `"steps"` gives each step its own, as in
             the paper. Bins are looked up by noise level, so a plan serves any number of steps.
         samples_per_bin: Of `budget`: measured steps of each bin; None measures all.

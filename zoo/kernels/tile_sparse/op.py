@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.kernels._dispatch import MAX_BATCH, MAX_OFFSET, MAX_TOKENS, cast_for_autocast, refuse, use_triton
-from zoo.kernels.tile_sparse import reference
+from zoo.kernels.tile_sparse import fp8, reference
 from zoo.kernels.tile_sparse.patterns import Layout, Pattern, PatternTable, pattern_table
 
 MAX_HEAD = 128
 TILES = (16, 32, 64, 128)
 # Whether "auto" may take the kernels.
 TRUST_KERNELS = False
+# First compute capability with products in FP8: Ada, then Hopper and Blackwell.
+FP8_CAPABILITY = (8, 9)
 
 
 @torch.library.custom_op("zoo::tile_sparse_attention", mutates_args=())
@@ -80,6 +82,26 @@ def _autograd_backward(ctx, grad, _):
 _attention.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
+# Of its own, as it has no gradients: autograd says so.
+@torch.library.custom_op("zoo::tile_sparse_attention_fp8", mutates_args=())
+def _attention_fp8(
+    q: Tensor, k: Tensor, v: Tensor, pattern_ids: Tensor, rows: Tensor, tiles: Tensor, columns: Tensor,
+    text_length: Tensor | None, sizes: list[int], scale: float, kernels: bool,
+) -> Tensor:  # fmt: skip
+    table, layout = PatternTable(rows, tiles, columns), Layout.from_sizes(sizes)
+    if kernels:
+        from zoo.kernels.tile_sparse import triton
+
+        return triton.forward(q, k, v, pattern_ids, table, layout, text_length, scale, fp8=True)[0]
+    out = fp8.tile_sparse_attention_fp8(q, k, v, pattern_ids, table, layout, text_length, scale)
+    return reference.empty_output(q).copy_(out)
+
+
+@_attention_fp8.register_fake
+def _(q, k, v, pattern_ids, rows, tiles, columns, text_length, sizes, scale, kernels):
+    return reference.empty_output(q)
+
+
 def _flops(q: Tensor, pattern_ids: Tensor, rows: Tensor, sizes: Sequence[int], products: int) -> int:
     """FLOPs of `products` matrix products over the active tiles; over all tiles where the patterns have no values."""
     layout = Layout.from_sizes(sizes)
@@ -90,7 +112,7 @@ def _flops(q: Tensor, pattern_ids: Tensor, rows: Tensor, sizes: Sequence[int], p
     return 2 * products * q.shape[0] * q.shape[3] * tiles * layout.tile[0] * layout.tile[1]
 
 
-@register_flop_formula(torch.ops.zoo.tile_sparse_attention, get_raw=True)
+@register_flop_formula([torch.ops.zoo.tile_sparse_attention, torch.ops.zoo.tile_sparse_attention_fp8], get_raw=True)
 def _(q, k, v, pattern_ids, rows, tiles, columns, text_length, sizes, *args, out_val=None, **kwargs) -> int:
     return _flops(q, pattern_ids, rows, sizes, 2)
 
@@ -136,6 +158,25 @@ def can_run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, raise
     return refuse(reasons, "tile_sparse_attention", raise_error)
 
 
+def _check_fp8(qk_dtype: torch.dtype, backend: str, *tensors: Tensor) -> None:
+    if qk_dtype != fp8.FP8:
+        raise ValueError(f"qk_dtype must be None or {fp8.FP8}, got {qk_dtype}.")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError(
+            "qk_dtype rounds queries and keys, which has no gradients: leave it out for training, or call under "
+            "torch.no_grad()."
+        )
+    device = tensors[0].device
+    emulated = backend == "reference" or device.type != "cuda"
+    if not emulated and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        needed = ".".join(map(str, FP8_CAPABILITY))
+        raise NotImplementedError(
+            f"qk_dtype={qk_dtype} needs a GPU of compute capability {needed} or more, got {found}: leave it out, or "
+            "emulate its rounding with backend='reference'."
+        )
+
+
 def _check(
     q: Tensor, k: Tensor, v: Tensor, pattern_ids: Tensor, table: PatternTable, layout: Layout,
     text_length: Tensor | None,
@@ -173,6 +214,7 @@ def tile_sparse_attention(
     *,
     text_length: Tensor | None = None,
     scale: float | None = None,
+    qk_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention of video and text tokens in which every head has a sparse pattern of its own.
@@ -199,6 +241,8 @@ def tile_sparse_attention(
         text_length: Integer [B] on q's device: valid text keys a sample, the first of the T; all by default, and at
             most. Padded text keys are seen by no query, padded text queries are computed as the others.
         scale: Factor on q . k; D**-0.5 by default.
+        qk_dtype: torch.float8_e4m3fn multiplies queries and keys in FP8 (`zoo.kernels.tile_sparse.fp8`), for inference
+            on GPUs that have it. The reference rounds alike.
         backend: "auto", "triton" or "reference". The reference reads ids and lengths on the host.
 
     Returns:
@@ -206,8 +250,8 @@ def tile_sparse_attention(
         permuted q, out.transpose(1, 2).flatten(2) is a view.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit.
-        NotImplementedError: `backend="triton"` where the kernels cannot run.
+        ValueError: Shapes, dtypes or devices do not fit, or gradients are asked for with `qk_dtype`.
+        NotImplementedError: `backend="triton"` where the kernels cannot run, or `qk_dtype` on a GPU without FP8.
 
     Source: Sparse-vDiT, arXiv:2506.03065, sections 3.1 and 3.3.
     """
@@ -221,11 +265,14 @@ def tile_sparse_attention(
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v need one dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if qk_dtype is not None:
+        _check_fp8(qk_dtype, backend, q, k, v)
 
     def kernels_run(explain: bool) -> bool:
         return (explain or TRUST_KERNELS) and can_run(q, k, v, layout, scale, explain)
 
     kernels = use_triton(backend, kernels_run)
-    return torch.ops.zoo.tile_sparse_attention(
-        q, k, v, pattern_ids, *table, text_length, layout.to_sizes(), scale, kernels
-    )[0]  # fmt: skip
+    args = (q, k, v, pattern_ids, *table, text_length, layout.to_sizes(), scale, kernels)
+    if qk_dtype is not None:
+        return torch.ops.zoo.tile_sparse_attention_fp8(*args)
+    return torch.ops.zoo.tile_sparse_attention(*args)[0]

@@ -27,7 +27,7 @@ class Piece(NamedTuple):
     mask: Tensor | None
 
 
-def _order(kind: int, layout: Layout, device: torch.device) -> Tensor:
+def sequence_places(kind: int, layout: Layout, device: torch.device) -> Tensor:
     """Place in the sequence of each position, video in the order of the pattern, then text: int64 [S]."""
     position = torch.arange(layout.video, device=device)
     if kind == MULTI_DIAGONAL:
@@ -88,7 +88,7 @@ def _parts(
         if rows[p][0] == SKIP:
             continue
         heads = (pattern_ids == p).nonzero().flatten()
-        order = _order(rows[p][0], layout, q.device)
+        order = sequence_places(rows[p][0], layout, q.device)
         for sample, length in enumerate(lengths):
             for piece in pieces(rows[p], table, layout, length):
                 if len(piece.keys):

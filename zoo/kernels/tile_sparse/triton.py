@@ -27,6 +27,7 @@ from torch import Tensor
 from zoo.kernels.tile_sparse import triton_descriptors
 from zoo.kernels.tile_sparse.patterns import MULTI_DIAGONAL, SKIP, STRIPE, Layout, PatternTable
 from zoo.kernels.tile_sparse.reference import empty_output
+from zoo.kernels.tile_sparse.triton_fp8 import round_keys, to_fp8
 from zoo.kernels.tile_sparse.triton_walk import LOG2E, load_pattern, load_rows, own_tile, places, reach, store_rows
 
 # A width that no two positions are apart.
@@ -58,18 +59,17 @@ def _key_walk(
 
 
 @triton.jit
-def _keys(i, listed, tiles_ptr, TILE_N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Positions of the keys of step i of a walk."""
+def _first_key(i, listed, tiles_ptr, TILE_N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Position of the first key of step i of a walk."""
     STEPS: tl.constexpr = TILE_N // BLOCK_N
     tile = tl.load(tiles_ptr + i // STEPS, mask=listed, other=0)
-    return tl.where(listed, tile * STEPS + i % STEPS, i) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tl.where(listed, tile * STEPS + i % STEPS, i) * BLOCK_N
 
 
 @triton.jit
-def _last_keys(i, masked, video, length, TILE_N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Positions of the keys of step i of the masked walk, and whether they are valid: video below 0, then text."""
-    n = i * BLOCK_N + tl.where(i < 0, video // TILE_N * TILE_N + masked * BLOCK_N, 0) + tl.arange(0, BLOCK_N)
-    return n, n < tl.where(i < 0, video, length)
+def _first_last_key(i, masked, video, TILE_N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The same of step i of the masked walk: video below 0, then text."""
+    return i * BLOCK_N + tl.where(i < 0, video // TILE_N * TILE_N + masked * BLOCK_N, 0)
 
 
 @triton.jit
@@ -80,8 +80,8 @@ def _pairs(q_position, k_position, width, columns_ptr, limit):
 
 
 @triton.jit
-def _softmax_step(q, k, v, keep, top, norm, acc, qk_scale, MASKED: tl.constexpr):
-    """Take a tile of keys into the running maximum, denominator and weighted sum."""
+def _softmax_step(q, k, v, keep, top, norm, acc, qk_scale, MASKED: tl.constexpr, BY_ROW: tl.constexpr):
+    """Take a tile of keys into the running maximum, denominator and weighted sum; BY_ROW: a scale for each query."""
     s = tl.dot(q, tl.trans(k), input_precision="tf32x3")  # [BLOCK_M, BLOCK_N]
     if MASKED:
         s = tl.where(keep, s, float("-inf"))
@@ -90,7 +90,7 @@ def _softmax_step(q, k, v, keep, top, norm, acc, qk_scale, MASKED: tl.constexpr)
     if MASKED:
         # A query can have met no key yet; subtracting -inf from -inf would give NaN.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.exp2(s * qk_scale - shift[:, None])
+    p = tl.exp2(s * (qk_scale[:, None] if BY_ROW else qk_scale) - shift[:, None])
     rescale = tl.exp2(top - shift)
     norm = norm * rescale + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="tf32x3")
@@ -100,10 +100,10 @@ def _softmax_step(q, k, v, keep, top, norm, acc, qk_scale, MASKED: tl.constexpr)
 @triton.jit(do_not_specialize=_SIZES)
 def _tile_sparse_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ids_ptr, order_ptr, rows_ptr, tiles_ptr, columns_ptr, length_ptr,
-    q_stride_b, q_stride_m, q_stride_s, k_stride_b, k_stride_m, k_stride_s, v_stride_b, v_stride_m, v_stride_s,
+    k_scale_ptr, q_stride_b, q_stride_m, q_stride_s, k_stride_b, k_stride_m, k_stride_s, v_stride_b, v_stride_m, v_stride_s,
     out_stride_b, out_stride_m, out_stride_s, heads, frames, frame, text, video_start, text_start, inverse, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EXACT: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOKEN_MAJOR: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale * q k^T) v over the keys of a pattern, and lse = log2 of the softmax denominator.
 
@@ -111,7 +111,8 @@ def _tile_sparse_forward_kernel(
     Bytes of a program: its queries and outputs, and the walked keys and values, which neighbouring programs of the
     head share in L2. FLOPs: 4 BLOCK_M D for each walked key. Compute-bound at the lengths of videos at any useful
     density; a skipped head costs its stores.
-    With TOKEN_MAJOR, programs of heads in frame-major order do nothing: another kernel has them.
+    With TOKEN_MAJOR, programs of heads in frame-major order do nothing: another kernel has them. With FP8, keys are the
+    rounded ones of `round_keys`, less their mean, and so lse is none that a backward pass could use.
     """
     video = frames * frame
     rank, start, of_text = own_tile(heads, video, text, BLOCK_M)
@@ -133,6 +134,13 @@ def _tile_sparse_forward_kernel(
     place = places(position, of_text, token_major, frames, inverse, frame, video_start, text_start)
     q = load_rows(q_ptr + b * q_stride_b + m * q_stride_m, place * q_stride_s, inside, D, BLOCK_D, True)
 
+    if FP8:
+        k_scale_ptr += (b * heads + m) * (tl.cdiv(video, TILE_N) + tl.cdiv(text, TILE_N))
+        q = q.to(tl.float32)
+        q, q_scale = to_fp8(q, tl.max(tl.abs(q), 1)[:, None])
+        q = q.to(tl.float8e4nv)
+        q_scale = tl.reshape(q_scale, [BLOCK_M]) * (scale * LOG2E)
+
     low, end, listed, masked = _key_walk(
         start, of_text, kind, width, first, count, tiles_ptr, video, TILE_M, TILE_N, BLOCK_N
     )  # fmt: skip
@@ -140,23 +148,30 @@ def _tile_sparse_forward_kernel(
     norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in tl.range(low, end):
-        n = _keys(i, listed, tiles_ptr, TILE_N, BLOCK_N)
+        key = _first_key(i, listed, tiles_ptr, TILE_N, BLOCK_N)
+        n = key + tl.arange(0, BLOCK_N)
         at = places(n, False, token_major, frames, inverse, frame, video_start, text_start)
-        k = load_rows(k_ptr, at * k_stride_s, n >= 0, D, BLOCK_D, False)
+        k = load_rows(k_ptr, (n if FP8 else at) * k_stride_s, n >= 0, D, BLOCK_D, False)
         v = load_rows(v_ptr, at * v_stride_s, n >= 0, D, BLOCK_D, False)
         keep = _pairs(position, n, width, columns_ptr, tl.where(listed, video, 0)) if EXACT else True
-        top, norm, acc = _softmax_step(q, k, v, keep, top, norm, acc, scale * LOG2E, EXACT)
+        qk_scale = q_scale * tl.load(k_scale_ptr + key // TILE_N) if FP8 else scale * LOG2E
+        top, norm, acc = _softmax_step(q, k, v, keep, top, norm, acc, qk_scale, EXACT, FP8)
     # The short tile at the end of the video, then the text.
     for i in tl.range(-masked, tl.where(kind == _SKIP, 0, tl.cdiv(length, BLOCK_N))):
-        n, valid = _last_keys(i, masked, video, length, TILE_N, BLOCK_N)
+        key = _first_last_key(i, masked, video, TILE_N, BLOCK_N)
+        n = key + tl.arange(0, BLOCK_N)
+        valid = n < tl.where(i < 0, video, length)
         at = places(n, i >= 0, token_major, frames, inverse, frame, video_start, text_start)
-        k = load_rows(k_ptr, at * k_stride_s, valid, D, BLOCK_D, True)
+        # Rounded keys are in the order of the pattern, whole tiles of video before the text.
+        skipped = tl.where(i < 0, 0, tl.cdiv(video, TILE_N))
+        k = load_rows(k_ptr, (n + skipped * TILE_N if FP8 else at) * k_stride_s, valid, D, BLOCK_D, True)
         v = load_rows(v_ptr, at * v_stride_s, valid, D, BLOCK_D, True)
         keep = valid[None, :]
         if EXACT:
             limit = tl.where(listed & (i < 0), video, 0)
             keep = keep & _pairs(position, n, tl.where(i < 0, width, ALL), columns_ptr, limit)
-        top, norm, acc = _softmax_step(q, k, v, keep, top, norm, acc, scale * LOG2E, True)
+        qk_scale = q_scale * tl.load(k_scale_ptr + key // TILE_N + skipped) if FP8 else scale * LOG2E
+        top, norm, acc = _softmax_step(q, k, v, keep, top, norm, acc, qk_scale, True, FP8)
 
     found = norm > 0
     acc = acc / tl.where(found, norm, 1.0)[:, None]
@@ -221,14 +236,15 @@ def _tile_sparse_dq_kernel(
     )  # fmt: skip
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in tl.range(low, end):
-        n = _keys(i, listed, tiles_ptr, TILE_N, BLOCK_N)
+        n = _first_key(i, listed, tiles_ptr, TILE_N, BLOCK_N) + tl.arange(0, BLOCK_N)
         at = places(n, False, token_major, frames, inverse, frame, video_start, text_start)
         k = load_rows(k_ptr, at * k_stride_s, n >= 0, D, BLOCK_D, False)
         v = load_rows(v_ptr, at * v_stride_s, n >= 0, D, BLOCK_D, False)
         keep = _pairs(position, n, width, columns_ptr, tl.where(listed, video, 0)) if EXACT else True
         dq = _dq_step(q, k, v, do, lse, delta, keep, dq, scale * LOG2E, EXACT)
     for i in tl.range(-masked, tl.where(kind == _SKIP, 0, tl.cdiv(length, BLOCK_N))):
-        n, valid = _last_keys(i, masked, video, length, TILE_N, BLOCK_N)
+        n = _first_last_key(i, masked, video, TILE_N, BLOCK_N) + tl.arange(0, BLOCK_N)
+        valid = n < tl.where(i < 0, video, length)
         at = places(n, i >= 0, token_major, frames, inverse, frame, video_start, text_start)
         k = load_rows(k_ptr, at * k_stride_s, valid, D, BLOCK_D, True)
         v = load_rows(v_ptr, at * v_stride_s, valid, D, BLOCK_D, True)
@@ -374,12 +390,13 @@ def _config(kernel: str, tile: tuple[int, int], block_d: int, dtype: torch.dtype
 
 
 @functools.lru_cache(maxsize=256)
-def plan(layout: Layout, head_dim: int, dtype: torch.dtype, scale: float) -> Plan:
+def plan(layout: Layout, head_dim: int, dtype: torch.dtype, scale: float, fp8: bool = False) -> Plan:
     """Choose blocks, configurations and grids."""
     video_start, text_start = (layout.text, 0) if layout.text_first else (0, layout.video)
     frames = layout.grid[0]
     sizes = (frames, layout.frame, layout.text, video_start, text_start, 1.0 / frames, scale)
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    # A product in FP8 takes 32 channels at least.
+    block_d = max(32 if fp8 else 16, triton.next_power_of_2(head_dim))
     programs, configs = {}, {}
     for kernel in ("forward", "dq", "dkv"):
         config = _config(kernel, layout.tile, block_d, dtype)
@@ -409,23 +426,27 @@ def _tables(
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, pattern_ids: Tensor, table: PatternTable, layout: Layout,
-    text_length: Tensor | None, scale: float,
+    text_length: Tensor | None, scale: float, fp8: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launch the forward kernel: out [B, M, S, D] in q's order of memory, and log2-sum-exp [B, M, S]."""
+    """Launch the forward kernel: out [B, M, S, D] in q's order of memory, and log2-sum-exp [B, M, S].
+
+    With `fp8`, products of queries and keys in FP8, and no log-sum-exp of use.
+    """
     out, lse = empty_output(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     q, k, v = _unit_channels(q, k, v)
     ids, order, length = _tables(q, pattern_ids, table, layout, text_length)
-    p, (B, M) = plan(layout, q.shape[-1], q.dtype, scale), q.shape[:2]
-    described = triton_descriptors.DESCRIPTORS and triton_descriptors.can_describe(layout, q, k, v)
+    p, (B, M) = plan(layout, q.shape[-1], q.dtype, scale, fp8), q.shape[:2]
+    k, k_scale = round_keys(k, ids, table, length, layout) if fp8 else (k, lse)
+    described = triton_descriptors.DESCRIPTORS and not fp8 and triton_descriptors.can_describe(layout, q, k, v)
     if described:
         triton_descriptors.forward_frame_major(
             q, k, v, out, lse, ids, order, table.rows, table.tiles, length, layout, scale
         )  # fmt: skip
     _tile_sparse_forward_kernel[p.programs["forward"] * M, B](
-        q, k, v, out, lse, ids, order, *table, length, *_strides(q, k, v, out), M, *p.sizes,
-        **p.configs["forward"], TOKEN_MAJOR=described,
+        q, k, v, out, lse, ids, order, *table, length, k_scale, *_strides(q, k, v, out), M, *p.sizes,
+        **p.configs["forward"], TOKEN_MAJOR=described, FP8=fp8,
     )  # fmt: skip
     return out, lse
 
