@@ -18,6 +18,9 @@ from zoo.kernels.depthwise_conv import triton as conv_kernels
 from zoo.kernels.factorized import reference as factorized_reference
 from zoo.kernels.factorized import triton as factorized_kernels
 from zoo.kernels.factorized import triton_pool as pool_kernels
+from zoo.kernels.flat_window import reference as flat_reference
+from zoo.kernels.flat_window import triton as flat_kernels
+from zoo.kernels.flat_window import triton_order
 from zoo.kernels.halo import reference as halo_reference
 from zoo.kernels.halo import triton as halo_kernels
 from zoo.kernels.halo.reference import Geometry
@@ -36,6 +39,9 @@ from zoo.kernels.tile_sparse import reference as sparse_reference
 from zoo.kernels.tile_sparse import triton as sparse_kernels
 from zoo.kernels.token_select import reference as select_reference
 from zoo.kernels.token_select import triton as select_kernels
+from zoo.kernels.voxelize import make_grid
+from zoo.kernels.voxelize import reference as voxel_reference
+from zoo.kernels.voxelize import triton as voxel_kernels
 
 from .selection_plans import PLANS, scores_of
 
@@ -415,3 +421,91 @@ def test_tile_sparse_attention_in_fp8(name: str) -> None:
     tolerance = dict(rtol=1e-2, atol=1e-2) if dtype == torch.float16 else dict(rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out, sparse_reference.tile_sparse_attention(q, k, v, *settings), **tolerance)
     torch.testing.assert_close(sparse_fp8.tile_sparse_attention_fp8(q, k, v, *settings), out, **tolerance)
+
+
+# (pillars of each sample, rows of padding, window, group, heads, head dim, dtype): several samples, one empty and some
+# shorter than a group, groups with and without a tail, full last groups.
+FLAT_PROBLEMS = {
+    "samples": ([50, 0, 9, 33], 5, (5, 3), 16, 2, 12, torch.float32),
+    "tail": ([61], 0, (4, 4), 24, 1, 16, torch.float32),
+    "half": ([40, 3], 40, (5, 5), 20, 2, 16, torch.float16),
+    "full": ([32], 0, (12, 12), 16, 1, 8, torch.float32),
+    "large_group": ([30, 100], 2, (3, 3), 72, 1, 16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", FLAT_PROBLEMS)
+def test_flat_window_attention(name: str) -> None:
+    counts, padding, window, group, heads, D, dtype = FLAT_PROBLEMS[name]
+    torch.manual_seed(0)
+    coords = pillars(counts, 12, padding)
+    windows = flat_reference.Windows(len(counts), (12, 12), window, group)
+    order, groups = triton_order.flatten_windows(coords, windows)
+    expected_order, expected_groups = flat_reference.flatten_windows(coords, windows)
+    assert torch.equal(order, expected_order) and torch.equal(groups, expected_groups)
+    inputs = [x.unflatten(-1, (heads, D)) for x in torch.randn(len(coords), 3 * heads * D).to(dtype).chunk(3, -1)]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    settings = (order[1], groups, group, 0.4)
+    expected = flat_reference.flat_window_attention(*leaves, *settings)
+    grad = torch.randn_like(expected)
+    out, lse = flat_kernels.forward(*inputs, *settings)
+    grads = flat_kernels.backward(grad, *inputs, out, lse, *settings)
+    tolerance = dict(rtol=2e-2, atol=2e-2) if dtype == torch.float16 else dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, expected.detach(), **tolerance)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, grad), **tolerance)
+
+
+def pillars(counts: list[int], side: int, padding: int) -> torch.Tensor:
+    """int32 [V, 4] random cells (sample, z, y, x) of a square grid, sorted, then rows of padding."""
+    rows = [torch.tensor([[len(counts), 0, 0, 0]]).expand(padding, 4)]
+    for b in reversed(range(len(counts))):
+        cell = torch.randperm(side * side)[: counts[b]].sort().values
+        rows.insert(0, torch.stack([cell * 0 + b, cell * 0, cell // side, cell % side], 1))
+    return torch.cat(rows).int()
+
+
+def test_flattening_in_int64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of many samples do not fit 32 bits."""
+    coords = pillars([0] * 5 + [40], 12, 3)
+    windows = flat_reference.Windows(6, (12, 12), (5, 3), 16)
+    expected = flat_reference.flatten_windows(coords, windows)
+    monkeypatch.setattr(flat_reference.Windows, "key_dtype", lambda self: torch.int64)
+    order, groups = triton_order.flatten_windows(coords, windows)
+    assert torch.equal(order, expected[0]) and torch.equal(groups, expected[1])
+
+
+@pytest.mark.parametrize("capacity", [None, 100, 20])
+@pytest.mark.parametrize(("order", "clamp"), [("zyx", True), ("xyz", False)])
+def test_grouped_points(order: str, clamp: bool, capacity: int | None) -> None:
+    torch.manual_seed(0)
+    points, sizes = torch.rand(80, 5) * 10 - 5, [30, 0, 50]
+    points[3, 4], points[60, 0] = torch.nan, torch.inf
+    grid = make_grid((0.5, 0.25, 1.0), (-4.0, -2.0, -1.0, 4.0, 2.0, 2.0), clamp, order)
+    expected = voxel_reference.group_points(points, sizes, grid, capacity)
+    actual = voxel_kernels.group_points(points, sizes, grid, capacity)
+    assert all(torch.equal(a, e) for a, e in zip(actual[1:], expected[1:], strict=True))
+    assert torch.equal(actual.voxels.coords, expected.voxels.coords) and actual.voxels.num == expected.voxels.num
+    V = len(actual.voxels.coords)
+    features = voxel_kernels.point_features(
+        points, actual.order, actual.offsets, actual.voxels.coords, grid, True
+    )  # fmt: skip
+    known = expected.index < V
+    wanted = voxel_reference.point_features(points, expected, grid, True)
+    torch.testing.assert_close(features[known], wanted[known])
+    assert torch.isfinite(features).all()
+
+
+def test_maximum_over_segments() -> None:
+    torch.manual_seed(0)
+    index = torch.randint(0, 13, (90,)).sort().values
+    index[index == 4] = 5
+    offsets = torch.searchsorted(index, torch.arange(13))
+    values = torch.randn(90, 20).round(decimals=1)  # with ties
+    values[7, 3], values[11, 4] = torch.nan, -torch.inf
+    leaf = values.clone().requires_grad_()
+    expected = voxel_reference.segment_max(leaf, index, 12)
+    out, row = voxel_kernels.segment_max(values, offsets)
+    torch.testing.assert_close(out, expected.detach(), equal_nan=True)
+    grad = torch.randn_like(expected)
+    actual = voxel_kernels.segment_max_backward(grad, row, index)
+    torch.testing.assert_close(actual, *torch.autograd.grad(expected, leaf, grad))

@@ -4,9 +4,11 @@ from zoo.kernels.agent import AgentBias, agent_attention
 from zoo.kernels.bilevel_routing import Routing, bilevel_attention, bilevel_routing, route_regions
 from zoo.kernels.depthwise_conv import depthwise_conv2d
 from zoo.kernels.factorized import cross_window_pool, factorized_attention
+from zoo.kernels.flat_window import flat_window_attention, flatten_windows
 from zoo.kernels.halo import halo_attention
 from zoo.kernels.tile_sparse import tile_sparse_attention
 from zoo.kernels.token_select import SelectionPlan, cls_attention, token_select
+from zoo.kernels.voxelize import Voxels, segment_max, segment_mean, voxelize
 
 __all__ = [
     "AgentBias",
@@ -23,4 +25,10 @@ __all__ = [
     "route_regions",
     "tile_sparse_attention",
     "token_select",
+    "Voxels",
+    "flat_window_attention",
+    "flatten_windows",
+    "segment_max",
+    "segment_mean",
+    "voxelize",
 ]

@@ -5,6 +5,7 @@ from zoo.bench.ops.base import Inputs, Op, Provider, element_size, input_bytes, 
 from zoo.bench.ops.bilevel_routing import BilevelAttention, BilevelRouting
 from zoo.bench.ops.depthwise_conv import DepthwiseConv
 from zoo.bench.ops.factorized import CrossWindowPool, FactorizedAttention
+from zoo.bench.ops.flat_window import FlatWindowAttention, FlatWindowBlock, VoxelMax
 from zoo.bench.ops.halo import HaloAttention, HaloLayer
 from zoo.bench.ops.tile_sparse import TileSparseAttention
 from zoo.bench.ops.token_select import TokenSelect
@@ -22,4 +23,7 @@ OPS: dict[str, Op] = {
     "halo_layer": HaloLayer(),
     "tile_sparse_attention": TileSparseAttention(),
     "token_select": TokenSelect(),
+    "flat_window_attention": FlatWindowAttention(),
+    "flat_window_block": FlatWindowBlock(),
+    "voxel_max": VoxelMax(),
 }
