@@ -21,6 +21,8 @@ from zoo.kernels.factorized import triton_pool as pool_kernels
 from zoo.kernels.halo import reference as halo_reference
 from zoo.kernels.halo import triton as halo_kernels
 from zoo.kernels.halo.reference import Geometry
+from zoo.kernels.scatter_linear import reference as scatter_reference
+from zoo.kernels.scatter_linear import triton as scatter_kernels
 from zoo.kernels.tile_sparse import (
     Diagonal,
     Full,
@@ -355,3 +357,32 @@ def test_tile_sparse_attention_by_descriptors(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(triton_descriptors, "DESCRIPTORS", True)
     monkeypatch.setattr(triton_descriptors, "can_describe", lambda *tensors: True)
     test_tile_sparse_attention(name)
+
+
+# (rows of each window, rows behind the last window, heads, channels of a head, permuted, relu)
+SCATTER = {
+    "even": ([64, 32], 0, 2, 16, False, True),
+    "odd": ([3, 0, 70, 1], 5, 1, 12, True, True),
+    # With windows cut at 64 rows: over three pieces, exactly one piece, one row more.
+    "long": ([10, 140, 64, 65, 2], 70, 1, 16, False, True),
+    "long_permuted": ([150, 0, 90], 1, 2, 16, True, False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SCATTER)
+def test_scatter_linear_attention(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scatter_kernels, "LONG", 64)
+    scatter_kernels.config.cache_clear()
+    counts, behind, M, D, permuted, relu = SCATTER[name]
+    rows = sum(counts) + behind
+    torch.manual_seed(0)
+    qkv, grad = torch.randn(rows, 3, M, D).to(dtype), torch.randn(rows, M, D).to(dtype)
+    inputs = qkv.unbind(1) if relu else qkv.abs().unbind(1)
+    offsets, order = torch.tensor([0, *counts]).cumsum(0), torch.randperm(rows) if permuted else None
+    settings = (offsets.int(), order, 1e-6, relu)
+    tolerance = dict(rtol=2e-3, atol=2e-4) if dtype == torch.float16 else dict(rtol=1e-4, atol=1e-5)
+    expected = scatter_reference.scatter_linear(*inputs, *settings)
+    torch.testing.assert_close(scatter_kernels.forward(*inputs, *settings), expected, **tolerance)
+    grads = scatter_reference.scatter_linear_backward(grad, *inputs, *settings)
+    torch.testing.assert_close(scatter_kernels.backward(grad, *inputs, *settings), grads, **tolerance)

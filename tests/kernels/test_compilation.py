@@ -25,6 +25,7 @@ from zoo.kernels.factorized import triton as factorized
 from zoo.kernels.factorized import triton_pool
 from zoo.kernels.halo import triton as halo
 from zoo.kernels.halo.reference import Geometry, query_size
+from zoo.kernels.scatter_linear import triton as scatter_linear
 from zoo.kernels.tile_sparse import Diagonal, Layout, pattern_table, triton_descriptors
 from zoo.kernels.tile_sparse import triton as tile_sparse
 
@@ -33,6 +34,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
 }
 OPTIONS = ("num_warps", "num_stages")
@@ -84,6 +86,8 @@ SPARSE = {
     "float32": (Layout((3, 45, 80)), 128, torch.float32),
     "small": (Layout((3, 5, 7), 9, "first", (16, 16)), 24, torch.bfloat16),
 }
+# Scattered linear attention of ScatterFormer: (channels of a head, dtype, permuted).
+SCATTER = {"float16": (32, torch.float16, True), "float32": (32, torch.float32, False)}
 # Stack bytes that are known. Configurations were chosen by their time on an H100, where those that spill were the
 # fastest of the ones tried (the dense gradients hold two wide tiles in registers). Not every spill-free one was timed.
 SPILLS = {
@@ -220,6 +224,14 @@ def launch_tile_sparse(name: str) -> None:
     tile_sparse.backward(out, q, q, q, out, lse, *settings)
 
 
+def launch_scatter_linear(name: str) -> None:
+    D, dtype, permuted = SCATTER[name]
+    q, k, v = torch.empty(24645, 3, 4, D, dtype=dtype).unbind(1)
+    settings = (torch.zeros(401, dtype=torch.int32), torch.arange(24645) if permuted else None, 1e-6, True)
+    out = scatter_linear.forward(q, k, v, *settings)
+    scatter_linear.backward(out, q, k, v, *settings)
+
+
 def check(launches: list, arch: int, folder: Path) -> None:
     assert launches
     for kernel, args, kwargs in launches:
@@ -269,6 +281,13 @@ def test_factorized_compiles(name: str, arch: int, launches: list, tmp_path: Pat
 @pytest.mark.parametrize("name", SPARSE)
 def test_tile_sparse_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
     launch_tile_sparse(name)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", SCATTER)
+def test_scatter_linear_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_scatter_linear(name)
     check(launches, arch, tmp_path)
 
 

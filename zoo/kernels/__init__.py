@@ -5,6 +5,7 @@ from zoo.kernels.bilevel_routing import Routing, bilevel_attention, bilevel_rout
 from zoo.kernels.depthwise_conv import depthwise_conv2d
 from zoo.kernels.factorized import cross_window_pool, factorized_attention
 from zoo.kernels.halo import halo_attention
+from zoo.kernels.scatter_linear import scatter_linear_attention
 from zoo.kernels.tile_sparse import tile_sparse_attention
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "factorized_attention",
     "halo_attention",
     "route_regions",
+    "scatter_linear_attention",
     "tile_sparse_attention",
 ]
