@@ -29,6 +29,9 @@ from zoo.kernels.flat_window.reference import Windows
 from zoo.kernels.halo import triton as halo
 from zoo.kernels.halo.reference import Geometry, query_size
 from zoo.kernels.scatter_linear import triton as scatter_linear
+from zoo.kernels.sparse_conv import triton as sparse_conv
+from zoo.kernels.sparse_conv import triton_depthwise, triton_neighbours
+from zoo.kernels.sparse_conv.reference import SiteGrid
 from zoo.kernels.tile_sparse import Diagonal, Layout, pattern_table, triton_descriptors
 from zoo.kernels.tile_sparse import triton as tile_sparse
 
@@ -99,6 +102,12 @@ SPARSE = {
 }
 # Scattered linear attention of ScatterFormer: (channels of a head, dtype, permuted).
 SCATTER = {"float16": (32, torch.float16, True), "float32": (32, torch.float32, False)}
+# Sparse convolutions of ScatterFormer: (taps, input and output channels, dtype, whether a kernel is its own transpose).
+SPARSE_CONV = {
+    "first": (27, 64, 128, torch.float16, True),
+    "strided": (27, 128, 128, torch.bfloat16, False),
+    "float32": (3, 128, 128, torch.float32, False),
+}
 # Stack bytes that are known. Configurations were chosen by their time on an H100, where those that spill were the
 # fastest of the ones tried (the dense gradients hold two wide tiles in registers). Not every spill-free one was timed.
 SPILLS = {
@@ -252,6 +261,26 @@ def launch_scatter_linear(name: str) -> None:
     scatter_linear.backward(out, q, k, v, *settings)
 
 
+def launch_sparse_conv(name: str) -> None:
+    K, cin, cout, dtype, mirror = SPARSE_CONV[name]
+    N, table, tiles = 21823, torch.empty(K, 21823, dtype=torch.int32), torch.empty(341, 1 + K + 64, dtype=torch.int32)
+    x, weight, bias = (torch.empty(size, dtype=dtype) for size in ((N, cin), (cout, K, cin), (cout,)))
+    out = sparse_conv.convolve(x, weight, bias, table, tiles, False, False)
+    sparse_conv.backward(out, x, weight, table, tiles, table, tiles, mirror)
+
+
+def launch_sparse_depthwise() -> None:
+    x, table = torch.empty(24645, 128, dtype=torch.bfloat16), torch.empty(53, 24645, dtype=torch.int32)
+    weight, taps = torch.empty(53, 32, dtype=torch.bfloat16), [27, 13, 13]
+    triton_depthwise.convolve(x, weight, table, taps, True, False)
+    triton_depthwise.convolve(x, weight, table, taps, True, True)
+    triton_depthwise.weight_gradient(x, x, table, taps, 32)
+    keys, coords = torch.empty(24645, dtype=torch.int64), torch.empty(24645, 4, dtype=torch.int32)
+    grid = SiteGrid(1, (16, 480, 480), (12, 12))
+    triton_neighbours.neighbour_table(keys, coords, (3, 3, 3), (1, 1, 1), (1, 1, 1), False, grid)
+    triton_neighbours.neighbour_table(keys, coords, (3, 3, 3), (2, 2, 2), (1, 1, 1), True, grid)
+
+
 def check(launches: list, arch: int, folder: Path) -> None:
     assert launches
     for kernel, args, kwargs in launches:
@@ -315,6 +344,19 @@ def test_tile_sparse_compiles(name: str, arch: int, launches: list, tmp_path: Pa
 @pytest.mark.parametrize("name", SCATTER)
 def test_scatter_linear_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
     launch_scatter_linear(name)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", SPARSE_CONV)
+def test_sparse_conv_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_sparse_conv(name)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sparse_depthwise_and_neighbours_compile(arch: int, launches: list, tmp_path: Path) -> None:
+    launch_sparse_depthwise()
     check(launches, arch, tmp_path)
 
 

@@ -73,7 +73,7 @@ def _sparse_conv_weight_kernel(
     acc = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     table_ptr += tap.to(tl.int64) * N
     for tile in tl.range(first, tl.minimum(first + chunk, tiles)):
-        row = tl.load(tiles_ptr + tile.to(tl.int64) * (1 + TAPS + BLOCK_M) + 1 + TAPS + tl.arange(0, BLOCK_M))
+        row = tl.load(tiles_ptr + tile * (1 + TAPS + BLOCK_M) + 1 + TAPS + tl.arange(0, BLOCK_M))
         at = tl.load(table_ptr + row, mask=row >= 0, other=-1)
         hit = (at >= 0)[:, None]
         grad = tl.load(

@@ -42,8 +42,9 @@ def _sparse_depthwise_kernel(
     acc = tl.where(group < KERNELS, 0.0, own)
     if RESIDUAL:
         acc += own
+    table_row = N.to(tl.int64)
     for i in tl.range(start, end, loop_unroll_factor=4):
-        at = tl.load(table_ptr + i.to(tl.int64) * N + row, mask=inside, other=-1)
+        at = tl.load(table_ptr + i * table_row + row, mask=inside, other=-1)
         x = tl.load(x_ptr + at.to(tl.int64)[:, None] * x_row, mask=(at >= 0)[:, None] & channel[None, :], other=0.0)
         tap = start + end - 1 - i if MIRROR else i
         weight = tl.load(weight_ptr + tap * D + d, mask=channel, other=0.0)
