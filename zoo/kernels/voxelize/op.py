@@ -64,6 +64,10 @@ def group_points(points: Tensor, sizes: Sequence[int], grid: Grid, capacity: int
         capacity: Rows of the result. Without it there are as many rows as voxels, which waits for the device once;
             with it, nothing waits, and voxels that find no row are lost with their points.
 
+    Returns:
+        Voxels; then the points that have one, by voxel. With a capacity all N points are there, those without a voxel
+        last, with an index of `capacity`.
+
     Raises:
         ValueError: Shapes, dtypes or sizes do not fit.
     """
@@ -96,7 +100,8 @@ def voxelize(
         ValueError: Shapes, dtypes, sizes or names do not fit.
     """
     grouped = group_points(points, sizes, make_grid(voxel_size, point_range, clamp, order), capacity)
-    return grouped.voxels, torch.empty_like(grouped.index).scatter_(0, grouped.order, grouped.index)
+    index = grouped.order.new_full((len(points),), len(grouped.voxels.coords))
+    return grouped.voxels, index.scatter_(0, grouped.order, grouped.index)
 
 
 def _check_segments(values: Tensor, index: Tensor) -> None:

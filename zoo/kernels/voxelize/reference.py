@@ -50,11 +50,14 @@ class Grid(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """Points in the order of their voxels."""
+    """Points in the order of their voxels.
+
+    Points without a voxel are left out, or with a capacity, which fixes all shapes, come last and have index V.
+    """
 
     voxels: Voxels
     order: Tensor  # int64 [N], the point at each place of the sorted sequence
-    index: Tensor  # int64 [N], its voxel, non-decreasing; points without a voxel come last and have index V
+    index: Tensor  # int64 [N], its voxel, non-decreasing
     offsets: Tensor  # int64 [V + 1], where a voxel's points begin
 
 
@@ -96,15 +99,17 @@ def group_points(points: Tensor, sizes: list[int], grid: Grid, capacity: int | N
     """Sort points by voxel; see `zoo.kernels.voxelize.group_points`."""
     beyond = len(sizes) * grid.count
     key, order = point_keys(points, sizes, grid).sort(stable=True)
-    first = torch.cat([key.new_ones(min(1, len(key)), dtype=torch.bool), key[1:] != key[:-1]]) & (key < beyond)
-    index = first.cumsum(0) - 1
-    num = first.sum()
-    V = int(num) if capacity is None else capacity
-    index = index.where(key < beyond, V).clamp(max=V)
+    valid = key < beyond
+    first = torch.cat([valid[:1], (key[1:] != key[:-1]) & valid[1:]])
+    index, num, V = first.cumsum(0) - 1, first.sum(), capacity
+    if capacity is None:
+        V, kept = torch.stack([num, valid.sum()]).tolist()
+        key, order, index, num = key[:kept], order[:kept], index[:kept], None
+    else:
+        index, num = index.where(valid, V).clamp(max=V), num.clamp(max=V)
     # The last row takes what no voxel takes.
     cell = key.new_full((V + 1,), beyond).scatter_(0, index, key)[:V]
     offsets = torch.searchsorted(index, torch.arange(V + 1, device=key.device))
-    num = None if capacity is None else num.clamp(max=V)
     return Grouping(Voxels(decode_keys(cell, grid), num, len(sizes), grid.shape), order, index, offsets)
 
 
