@@ -110,7 +110,7 @@ def convolve(
     _sparse_conv_kernel[(triton.cdiv(N, TILE), triton.cdiv(cout, block_n))](
         x, weight, weight if bias is None else bias.contiguous(), table, tiles, out, N, x.stride(0), weight.stride(1),
         TAPS=K, CIN=cin, COUT=cout, WEIGHT_IN=strides[0], WEIGHT_OUT=strides[1], MIRROR=mirror, BIAS=bias is not None,
-        BLOCK_M=TILE, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, num_stages=2 if wide else 3,
+        BLOCK_M=TILE, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, num_stages=2 if wide else 4,
     )  # fmt: skip
     return out
 
