@@ -253,6 +253,9 @@ class AttentivePillarPooling(nn.Module):
     def forward(self, x: Tensor, pillars: Pillars) -> Tensor:
         """Rows of sites [N, C] -> [P, C]; rows of padding are arbitrary but finite where x is."""
         query, values, empty = self.query(x, pillars)
+        if len(query) == 0:
+            # Attention cannot tell the width of heads in a batch of nothing.
+            return self.norm(query)
         keys = values + self.pos_embedding.weight
         # A row of padding has no voxel, and a softmax over nothing is NaN.
         empty = empty & ~empty.all(1, keepdim=True)

@@ -7,6 +7,7 @@ from zoo.bench.ops.depthwise_conv import DepthwiseConv
 from zoo.bench.ops.factorized import CrossWindowPool, FactorizedAttention
 from zoo.bench.ops.halo import HaloAttention, HaloLayer
 from zoo.bench.ops.scatter_linear import ScatterLinear
+from zoo.bench.ops.sparse_conv import SparseConv, SparseDepthwiseConv
 from zoo.bench.ops.tile_sparse import TileSparseAttention
 
 __all__ = ["OPS", "Inputs", "Op", "Provider", "element_size", "input_bytes", "upcast"]
@@ -21,5 +22,7 @@ OPS: dict[str, Op] = {
     "halo_attention": HaloAttention(),
     "halo_layer": HaloLayer(),
     "scatter_linear": ScatterLinear(),
+    "sparse_conv": SparseConv(),
+    "sparse_depthwise_conv": SparseDepthwiseConv(),
     "tile_sparse_attention": TileSparseAttention(),
 }

@@ -112,22 +112,19 @@ def _with_zero(x: Tensor) -> Tensor:
 
 def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor) -> Tensor:
     """out[n] = bias + sum over taps k of weight[:, k] x[table[k, n]]; weight is [Cout, K, Cin]."""
-    padded = _with_zero(x)
-    out = x.new_zeros(table.shape[1], weight.shape[0])
-    for rows, w in zip(table.long().unbind(0), weight.unbind(1), strict=True):
-        out = out + padded[rows] @ w.t()
+    met = _with_zero(x)[table.t().long().contiguous()]  # [N, K, Cin]
+    out = met.flatten(1) @ weight.flatten(1).t()
     return out if bias is None else out + bias
 
 
 def sparse_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `sparse_conv` with respect to x and weight, written out."""
-    dx = torch.zeros_like(_with_zero(x))
-    padded, dweight = _with_zero(x), []
-    for rows, w in zip(table.long().unbind(0), weight.unbind(1), strict=True):
-        rows = rows.where(rows >= 0, len(x))
-        dx = dx.index_add(0, rows, grad @ w)
-        dweight.append(grad.t() @ padded[rows])
-    return dx[:-1], torch.stack(dweight, 1)
+    rows = table.t().long().contiguous()
+    dweight = (grad.t() @ _with_zero(x)[rows].flatten(1)).view(weight.shape)
+    dmet = (grad @ weight.flatten(1)).unflatten(1, weight.shape[1:])  # [N, K, Cin]
+    rows = rows.where(rows >= 0, len(x)).flatten()
+    dx = torch.zeros_like(_with_zero(x)).index_add(0, rows, dmet.flatten(0, 1))
+    return dx[:-1], dweight
 
 
 def sparse_depthwise_conv(
