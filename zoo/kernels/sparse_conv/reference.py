@@ -131,19 +131,13 @@ def sparse_depthwise_conv(
     x: Tensor, weight: Tensor, table: Tensor, taps: Sequence[int], residual: bool, mirror: bool = False
 ) -> Tensor:
     """Depth-wise convolutions of groups of channels, each with its own kernel; see `op.sparse_depthwise_conv`."""
-    D = weight.shape[1]
-    groups, out = _with_zero(x).split(D, 1), []
-    weights, tables = weight.split(list(taps)), table.long().split(list(taps))
-    for g, group in enumerate(groups):
-        if g >= len(taps):
-            out.append(group[:-1])
-            continue
-        w = weights[g].flip(0) if mirror else weights[g]
-        total = torch.zeros_like(group[:-1])
-        for rows, factor in zip(tables[g].unbind(0), w.unbind(0), strict=True):
-            total = total + group[rows] * factor
-        out.append(total)
-    out = torch.cat(out, 1)
+    D, parts = weight.shape[1], []
+    groups = x.split(D, 1)
+    weights, tables = weight.split(list(taps)), table.t().long().contiguous().split(list(taps), 1)
+    for group, own, rows in zip(groups, weights, tables, strict=False):
+        own = own.flip(0) if mirror else own
+        parts.append((_with_zero(group)[rows] * own).sum(1))  # [N, T, D] -> [N, D]
+    out = torch.cat((*parts, *groups[len(parts) :]), 1)
     return out + x if residual else out
 
 
