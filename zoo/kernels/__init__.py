@@ -6,6 +6,7 @@ from zoo.kernels.depthwise_conv import depthwise_conv2d
 from zoo.kernels.factorized import cross_window_pool, factorized_attention
 from zoo.kernels.flat_window import flat_window_attention, flatten_windows
 from zoo.kernels.halo import halo_attention
+from zoo.kernels.scatter_linear import scatter_linear_attention
 from zoo.kernels.tile_sparse import tile_sparse_attention
 from zoo.kernels.token_select import SelectionPlan, cls_attention, token_select
 from zoo.kernels.voxelize import Voxels, segment_max, segment_mean, voxelize
@@ -31,4 +32,5 @@ __all__ = [
     "segment_max",
     "segment_mean",
     "voxelize",
+    "scatter_linear_attention",
 ]

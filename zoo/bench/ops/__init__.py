@@ -7,6 +7,8 @@ from zoo.bench.ops.depthwise_conv import DepthwiseConv
 from zoo.bench.ops.factorized import CrossWindowPool, FactorizedAttention
 from zoo.bench.ops.flat_window import FlatWindowAttention, FlatWindowBlock, VoxelMax
 from zoo.bench.ops.halo import HaloAttention, HaloLayer
+from zoo.bench.ops.scatter_linear import ScatterLinear
+from zoo.bench.ops.sparse_conv import SparseConv, SparseDepthwiseConv
 from zoo.bench.ops.tile_sparse import TileSparseAttention
 from zoo.bench.ops.token_select import TokenSelect
 
@@ -21,6 +23,9 @@ OPS: dict[str, Op] = {
     "factorized_attention": FactorizedAttention(),
     "halo_attention": HaloAttention(),
     "halo_layer": HaloLayer(),
+    "scatter_linear": ScatterLinear(),
+    "sparse_conv": SparseConv(),
+    "sparse_depthwise_conv": SparseDepthwiseConv(),
     "tile_sparse_attention": TileSparseAttention(),
     "token_select": TokenSelect(),
     "flat_window_attention": FlatWindowAttention(),
