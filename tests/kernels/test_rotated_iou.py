@@ -200,9 +200,6 @@ class _OnGpu:
     def __getattr__(self, name: str):
         return getattr(self.x, name)
 
-    def __getitem__(self, key):
-        return self.x[key]
-
 
 def test_limits_of_the_kernels_are_explained() -> None:
     with pytest.raises(NotImplementedError, match="needs CUDA tensors, got device cpu"):

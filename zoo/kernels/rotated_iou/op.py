@@ -5,6 +5,8 @@ None of them is differentiable: detectors use them for targets, costs and decisi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -85,8 +87,9 @@ def can_run(boxes: Tensor, group: int = 0, raise_error: bool = False) -> bool:
         reasons.append(f"it computes in float32, got {boxes.dtype}.")
     if group > MAX_GROUP:
         reasons.append(f"its limit is {MAX_GROUP} rectangles a group, got {group}; give a smaller `limit`.")
-    if boxes.dim() > 2 and boxes[..., 0, 0].numel() > MAX_GROUPS:
-        reasons.append(f"its limit is {MAX_GROUPS} groups, got {boxes[..., 0, 0].numel()}.")
+    groups = math.prod(boxes.shape[:-2])
+    if groups > MAX_GROUPS:
+        reasons.append(f"its limit is {MAX_GROUPS} groups, got {groups}.")
     return refuse(reasons, "rotated_iou", raise_error)
 
 
