@@ -150,6 +150,12 @@ class PointDetector(nn.Module, PyTorchModelHubMixin, library_name="attention-zoo
         maps = self.dense(self.encode(features, voxels))
         return drop_empty(self.head.decode(maps), voxels).split()
 
+    def accelerate(self, **settings: Any):
+        """The detector made ready for fast inference, a `zoo.heads.point_runtime.PointRuntime` with these settings."""
+        from zoo.heads.point_runtime import PointRuntime
+
+        return PointRuntime(self, **settings)
+
     def _nothing(self, samples: int, device: torch.device) -> list[Detections]:
         boxes, scores = torch.zeros(0, self.head.columns, device=device), torch.zeros(0, device=device)
         return [Detections(boxes, scores, scores.long()) for _ in range(samples)]
@@ -174,6 +180,11 @@ class PointDetector(nn.Module, PyTorchModelHubMixin, library_name="attention-zoo
         if len(voxels.coords) == 0:
             raise ValueError(f"no cloud of the batch has a point in the range {list(self.point_range)}.")
         return self.head.loss(self.dense(self.encode(features, voxels)), targets)
+
+
+def class_nms(classes: int, *rules: Any) -> ClassNMS:
+    """`ClassNMS` of threshold, before and after, each one a class or one for all."""
+    return ClassNMS(*([rule] * classes if isinstance(rule, (int, float)) else rule for rule in rules))
 
 
 def drop_empty(found: BatchDetections, voxels: Voxels) -> BatchDetections:
@@ -209,7 +220,7 @@ def merge_sweeps(sweeps: Sequence[Tensor], poses: Sequence[Tensor] | None = None
     return torch.cat(merged)
 
 
-class FlatFormerDetector(PointDetector):
+class FlatFormerDetector(PointDetector, paper_url="https://arxiv.org/abs/2301.08739"):
     """FlatFormer with a CenterPoint head: pillars, window transformer, 2D convolutions, boxes.
 
     The defaults are the official model for Waymo. Arguments of `PointDetector`, and:
@@ -229,7 +240,8 @@ class FlatFormerDetector(PointDetector):
         head_channels: Channels within the head.
         score_threshold: Boxes of at most this score are dropped.
         max_candidates: Boxes that enter suppression.
-        nms_threshold: Intersection over union at which boxes of a class exclude each other, one a class.
+        nms_threshold: Intersection over union at which boxes of a class exclude each other; one a class, or one
+            for all.
         nms_before: Boxes of a class that enter suppression at most.
         nms_after: Boxes of a class that leave it at most.
     """
@@ -255,9 +267,9 @@ class FlatFormerDetector(PointDetector):
         head_channels: int = 64,
         score_threshold: float = 0.1,
         max_candidates: int = 4096,
-        nms_threshold: Sequence[float] = (0.8, 0.55, 0.55),
-        nms_before: Sequence[int] = (2048, 1024, 1024),
-        nms_after: Sequence[int] = (300, 100, 100),
+        nms_threshold: float | Sequence[float] = (0.8, 0.55, 0.55),
+        nms_before: int | Sequence[int] = (2048, 1024, 1024),
+        nms_after: int | Sequence[int] = (300, 100, 100),
     ) -> None:
         super().__init__(classes, point_features, voxel_size, point_range, sweeps)
         vfe_channels = (channels // 2, channels)
@@ -281,7 +293,7 @@ class FlatFormerDetector(PointDetector):
             num_classes=len(classes),
             grid=Grid(tuple(point_range[:2]), tuple(voxel_size[:2])),
             limits=(*point_range[:2], -10, *point_range[3:5], 10),
-            nms=ClassNMS(nms_threshold, nms_before, nms_after),
+            nms=class_nms(len(classes), nms_threshold, nms_before, nms_after),
             score_threshold=score_threshold,
             max_candidates=max_candidates,
         )
@@ -347,6 +359,7 @@ def flatformer_nano() -> dict[str, Any]:
         neck_channels=48,
         head_channels=32,
         max_candidates=1000,
-        nms_before=(1000, 1000, 1000),
-        nms_threshold=(0.2, 0.2, 0.2),
+        nms_threshold=0.2,
+        nms_before=1000,
+        nms_after=200,
     )
