@@ -23,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from zoo.heads.bev_ops import BatchDetections
 from zoo.heads.center_point import CenterHead
 from zoo.heads.detections import Detections
-from zoo.heads.point_detectors import PointDetector, drop_empty
+from zoo.heads.point_base import PointDetector, drop_empty
 from zoo.kernels.voxelize import Voxels
 
 # Capacities are multiples of this, and at first this much above the number of voxels.
@@ -124,7 +124,7 @@ class PointRuntime:
     """A detector made ready for inference; it does not follow later changes of the detector's weights.
 
     Args:
-        detector: Any detector of `zoo.heads.point_detectors`, on the device where it is to run.
+        detector: A detector of `zoo.heads.point_detectors`, on the device where it is to run.
         dtype: Of all after the encoder of voxels; float16 on a GPU and float32 on a CPU by default.
         compile: Run the convolutions through `torch.compile`: about a minute for each number of samples, then fewer
             passes over the maps.
