@@ -164,6 +164,18 @@ def test_fast_inference_grows_and_shrinks(monkeypatch: pytest.MonkeyPatch) -> No
     assert ROWS > 64
 
 
+def test_fast_inference_sees_full_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later stages of ScatterFormer have room of their own."""
+    detector, batch = build("scatterformer_nano"), [cloud(300)]
+    monkeypatch.setattr("zoo.heads.point_runtime.ROWS", 64)
+    voxels = len(detector.vfe_module(batch)[1].coords)
+    for growth in ((0.5, 1.5, 0.75), (1.5, 0.3, 0.75), (1.5, 1.5, 0.2)):
+        detector.backbone_3d.growth = growth
+        runtime = detector.accelerate()
+        assert_same(runtime(batch)[0], detector(batch)[0])
+        assert runtime._capacity[1] >= 2 * voxels
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("name", NAMES)

@@ -76,6 +76,10 @@ class PointDetector(nn.Module, PyTorchModelHubMixin, library_name="attention-zoo
         """Features [V, C] of voxels to the map [B, C, H, W]."""
         raise NotImplementedError
 
+    def encode_padded(self, features: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:
+        """`encode` of padded voxels, and whether some place for voxels was full, bool []: then others may be lost."""
+        return self.encode(features, voxels), voxels.num >= len(features)
+
     def neck_map(self, x: Tensor) -> Tensor:
         """The map of `encode` to the one that the head takes."""
         raise NotImplementedError

@@ -144,6 +144,7 @@ class PointRuntime:
         self._pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._capacity: dict[int, int] = {}
+        self._margin = MARGIN
 
     def _prepare(self, detector: PointDetector) -> PointDetector:
         detector = copy.deepcopy(detector).eval().requires_grad_(False)
@@ -161,10 +162,11 @@ class PointRuntime:
         return self._head(self.detector.neck_map(x))
 
     def _detect(self, features: Tensor, voxels: Voxels) -> tuple[BatchDetections, Tensor]:
-        """Boxes of encoded voxels, and the numbers that the host waits for: boxes of each sample, then voxels."""
-        maps = self._maps(self.detector.encode(features, voxels))
-        found = drop_empty(self.detector.head.decode(maps), voxels)
-        return found, torch.cat([found.count.long(), voxels.num.long().view(1)])
+        """Boxes of encoded voxels, and the numbers that the host waits for: boxes of each sample, voxels, whether the
+        capacity was too small."""
+        x, full = self.detector.encode_padded(features, voxels)
+        found = drop_empty(self.detector.head.decode(self._maps(x)), voxels)
+        return found, torch.cat([found.count.long(), torch.stack([voxels.num.long(), full.long()])])
 
     def _run(self, features: Tensor, voxels: Voxels) -> tuple[BatchDetections, Tensor]:
         if not self.on_gpu:
@@ -188,14 +190,16 @@ class PointRuntime:
         while True:
             features, voxels = self.detector.vfe_module(clouds, capacity)
             found, numbers = self._run(features.to(self.dtype), voxels)
-            *counts, voxel_count = numbers.tolist()
-            # A full capacity may have lost voxels.
-            full = voxel_count >= capacity
-            if full or voxel_count * WASTE * MARGIN < capacity - ROWS:
-                self._capacity[samples] = _bucket(2 * capacity / MARGIN if full else voxel_count)
-            if not full:
-                break
-            capacity = self._capacity[samples]
+            *counts, voxel_count, full = numbers.tolist()
+            if full and voxel_count < capacity:
+                # A later stage needs more rows for a voxel than it was given.
+                self._margin *= 2
+            if full:
+                capacity = self._capacity[samples] = max(2 * capacity, self._bucket(voxel_count))
+                continue
+            if self._bucket(voxel_count) * WASTE < capacity:
+                self._capacity[samples] = self._bucket(voxel_count)
+            break
         # The memory of a graph is written again by the next batch.
         return [
             Detections(*(x[:n].clone() for x in parts))
@@ -204,12 +208,11 @@ class PointRuntime:
 
     def _first_capacity(self, clouds: list[Tensor]) -> int:
         _, voxels = self.detector.vfe_module(clouds)
-        return self._capacity.setdefault(len(clouds), _bucket(len(voxels.coords)))
+        return self._capacity.setdefault(len(clouds), self._bucket(len(voxels.coords)))
 
-
-def _bucket(voxels: float) -> int:
-    """Capacity for about so many voxels."""
-    return (int(voxels * MARGIN) // ROWS + 1) * ROWS
+    def _bucket(self, voxels: int) -> int:
+        """Capacity for about so many voxels."""
+        return (int(voxels * self._margin) // ROWS + 1) * ROWS
 
 
 def _set_layout(module: nn.Module, layout: torch.memory_format) -> None:
