@@ -13,13 +13,14 @@ capacity was too small, and repeats the batch with a larger one if so.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from zoo.backbones.padded_graphs import PaddedGraphs
 from zoo.heads.bev_ops import BatchDetections
 from zoo.heads.center_point import CenterHead
 from zoo.heads.detections import Detections
@@ -32,7 +33,6 @@ ROWS, MARGIN = 2048, 1.2
 WASTE = 3
 # Tensor cores take channels by eights.
 CHANNELS = 8
-WARM_UP = 3
 
 
 def fold_norms(model: nn.Module) -> nn.Module:
@@ -92,34 +92,6 @@ class JointBranches(nn.Module):
         return dict(zip(self.sizes, parts, strict=True))
 
 
-class _Graph:
-    """A function of voxels, captured in a CUDA graph for the shapes of its first arguments.
-
-    Graphs of one memory pool overwrite each other's results.
-    """
-
-    def __init__(self, function: Callable[[Tensor, Voxels], tuple], features: Tensor, voxels: Voxels, pool) -> None:
-        self.features, self.coords, self.num = features.clone(), voxels.coords.clone(), voxels.num.clone()
-        inputs = self.features, voxels._replace(coords=self.coords, num=self.num)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    function(*inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool):
-                self.result = function(*inputs)
-
-    def __call__(self, features: Tensor, voxels: Voxels) -> tuple:
-        self.features.copy_(features)
-        self.coords.copy_(voxels.coords)
-        self.num.copy_(voxels.num)
-        self.graph.replay()
-        return self.result
-
-
 class PointRuntime:
     """A detector made ready for inference; it does not follow later changes of the detector's weights.
 
@@ -128,11 +100,11 @@ class PointRuntime:
         dtype: Of all after the encoder of voxels; float16 on a GPU and float32 on a CPU by default.
         compile: Run the convolutions through `torch.compile`: about a minute for each number of samples, then fewer
             passes over the maps.
-        max_graphs: CUDA graphs that are kept.
+        max_graphs: CUDA graphs that are kept, each with memory for the maps.
     """
 
     def __init__(
-        self, detector: PointDetector, dtype: torch.dtype | None = None, compile: bool = False, max_graphs: int = 8
+        self, detector: PointDetector, dtype: torch.dtype | None = None, compile: bool = False, max_graphs: int = 4
     ) -> None:
         self.device = next(detector.parameters()).device
         self.on_gpu = self.device.type == "cuda"
@@ -141,8 +113,7 @@ class PointRuntime:
         with torch.no_grad():
             self.detector = self._prepare(detector)
         self._maps = torch.compile(self._dense, dynamic=False) if compile else self._dense
-        self._pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs = PaddedGraphs(self._detect, ROWS)
         self._capacity: dict[int, int] = {}
         self._margin = MARGIN
 
@@ -169,15 +140,11 @@ class PointRuntime:
         return found, torch.cat([found.count.long(), torch.stack([voxels.num.long(), full.long()])])
 
     def _run(self, features: Tensor, voxels: Voxels) -> tuple[BatchDetections, Tensor]:
-        if not self.on_gpu:
-            return self._detect(features, voxels)
-        key = voxels.batch_size, len(voxels.coords)
-        # The graph used last is the last one.
-        graph = self._graphs.pop(key, None) or _Graph(self._detect, features, voxels, self._pool)
-        self._graphs[key] = graph
-        if len(self._graphs) > self.max_graphs:
-            self._graphs.pop(next(iter(self._graphs)))
-        return graph(features, voxels)
+        if len(self._graphs.graphs) > self.max_graphs:
+            self._graphs.clear()
+        # Maps keep their size, so that trying convolution algorithms once pays.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=self.dtype != torch.float32):
+            return self._graphs(features, voxels)
 
     @torch.no_grad()
     def __call__(self, points: Sequence[Tensor]) -> list[Detections]:
