@@ -119,15 +119,24 @@ class PointRuntime:
 
     def _prepare(self, detector: PointDetector) -> PointDetector:
         detector = copy.deepcopy(detector).eval().requires_grad_(False)
-        encoder = detector.vfe_module
         fold_norms(detector)
         self._head = JointBranches(detector.head) if isinstance(detector.head, CenterHead) else detector.head
-        layout = torch.channels_last if self.on_gpu else torch.contiguous_format
         for module in [*detector.children(), self._head]:
-            if module is not encoder:
-                module.to(self.dtype)
-                _set_layout(module, layout)
+            if module is not detector.vfe_module:
+                self._cast(module)
         return detector
+
+    def _cast(self, model: nn.Module) -> None:
+        """Give weights their dtype and layout. Constants, which state dicts leave out, stay in float32: limits and
+        thresholds of a head do not bear rounding."""
+        layout = torch.channels_last if self.on_gpu else torch.contiguous_format
+        for module in model.modules():
+            constants = module._non_persistent_buffers_set
+            buffers = {name: b for name, b in module.named_buffers(recurse=False) if name not in constants}
+            for tensor in [*module.parameters(recurse=False), *buffers.values()]:
+                data = tensor.data.to(self.dtype) if tensor.is_floating_point() else tensor.data
+                # Only two-dimensional convolutions have such weights.
+                tensor.data = data.contiguous(memory_format=layout) if data.dim() == 4 else data
 
     def _dense(self, x: Tensor) -> dict[str, Tensor]:
         return self._head(self.detector.neck_map(x))
@@ -180,11 +189,3 @@ class PointRuntime:
     def _bucket(self, voxels: int) -> int:
         """Capacity for about so many voxels."""
         return (int(voxels * self._margin) // ROWS + 1) * ROWS
-
-
-def _set_layout(module: nn.Module, layout: torch.memory_format) -> None:
-    """Memory format of the weights of two-dimensional convolutions alone."""
-    for part in module.modules():
-        for tensor in [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
-            if tensor.dim() == 4:
-                tensor.data = tensor.data.contiguous(memory_format=layout)
