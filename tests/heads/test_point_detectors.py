@@ -140,12 +140,13 @@ def test_training_reaches_every_parameter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
-def test_fast_inference_gives_the_same_boxes(name: str, device: str) -> None:
+def test_fast_inference_gives_the_same_boxes(name: str, device: str, padded: bool) -> None:
     detector, clouds = build(name).to(device), [cloud(1500), cloud(0), cloud(700, 2)]
-    runtime = detector.accelerate(dtype=torch.float32)
+    runtime = detector.accelerate(dtype=torch.float32, padded=padded)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for batch in (clouds, clouds[:1], [cloud(1200, 3)], []):
+        for batch in (clouds, [cloud(0)], [cloud(1200, 3)], []):
             batch = [c.to(device) for c in batch]
             for found, expected in zip(runtime(batch), detector(batch), strict=True):
                 assert_same(found, expected, 2e-3)
@@ -154,7 +155,7 @@ def test_fast_inference_gives_the_same_boxes(name: str, device: str) -> None:
 def test_fast_inference_grows_and_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
     detector = build("flatformer_nano")
     monkeypatch.setattr("zoo.heads.point_runtime.ROWS", 64)
-    runtime, small, large = detector.accelerate(), [cloud(30)], [cloud(2000)]
+    runtime, small, large = detector.accelerate(padded=True), [cloud(30)], [cloud(2000)]
     for batch in (small, large, large, small, small):
         assert_same(runtime(batch)[0], detector(batch)[0])
         capacity = runtime._capacity[1]
@@ -171,7 +172,7 @@ def test_fast_inference_sees_full_stages(monkeypatch: pytest.MonkeyPatch) -> Non
     voxels = len(detector.vfe_module(batch)[1].coords)
     for growth in ((0.5, 1.5, 0.75), (1.5, 0.3, 0.75), (1.5, 1.5, 0.2)):
         detector.backbone_3d.growth = growth
-        runtime = detector.accelerate()
+        runtime = detector.accelerate(padded=True)
         assert_same(runtime(batch)[0], detector(batch)[0])
         assert runtime._capacity[1] >= 2 * voxels
 
@@ -180,7 +181,7 @@ def test_fast_inference_sees_full_stages(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 def test_half_precision_finds_what_float_finds(name: str, device: str) -> None:
     detector, batch = build(name).to(device), [cloud(1500).to(device)]
-    runtime = detector.accelerate(dtype=torch.bfloat16)
+    runtime = detector.accelerate(dtype=torch.bfloat16, padded=True)
     assert runtime.detector.head.limits.dtype == runtime.detector.head.nms.threshold.dtype == torch.float32
     found, expected = runtime(batch)[0], detector(batch)[0]
     confident = expected.scores > expected.scores.median()

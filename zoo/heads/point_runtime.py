@@ -3,11 +3,11 @@
     runtime = detector.accelerate()
     boxes, scores, labels = runtime([points])[0]
 
-Weights are copied once: batch norms are folded into convolutions, the branches of a CenterPoint head become two
-convolutions, and on a GPU everything after the encoder of voxels runs in half precision and channels-last memory.
-Voxels are padded to a capacity, so that on a GPU all from the voxels to the suppressed boxes is one CUDA graph for each
-capacity and number of samples. The host waits once a batch, for the number of boxes; it learns then too whether the
-capacity was too small, and repeats the batch with a larger one if so.
+Weights are copied once, with batch norms folded into convolutions. On a GPU everything after the encoder of voxels runs
+in half precision and channels-last memory, and the branches of a CenterPoint head become two convolutions. Voxels are
+padded to a capacity, so that all from the voxels to the suppressed boxes is one CUDA graph for each capacity and number
+of samples. The host waits once a batch, for the number of boxes; it learns then too whether the capacity was too small,
+and repeats the batch with a larger one if so.
 """
 
 from __future__ import annotations
@@ -98,18 +98,26 @@ class PointRuntime:
     Args:
         detector: A detector of `zoo.heads.point_detectors`, on the device where it is to run.
         dtype: Of all after the encoder of voxels; float16 on a GPU and float32 on a CPU by default.
+        padded: Pad voxels and join the branches of the head, which CUDA graphs need and tensor cores like; by default
+            on a GPU.
         compile: Run the convolutions through `torch.compile`: about a minute for each number of samples, then fewer
             passes over the maps.
         max_graphs: CUDA graphs that are kept, each with memory for the maps.
     """
 
     def __init__(
-        self, detector: PointDetector, dtype: torch.dtype | None = None, compile: bool = False, max_graphs: int = 4
+        self,
+        detector: PointDetector,
+        dtype: torch.dtype | None = None,
+        *,
+        padded: bool | None = None,
+        compile: bool = False,
+        max_graphs: int = 4,
     ) -> None:
         self.device = next(detector.parameters()).device
         self.on_gpu = self.device.type == "cuda"
         self.dtype = dtype or (torch.float16 if self.on_gpu else torch.float32)
-        self.max_graphs = max_graphs
+        self.padded, self.max_graphs = self.on_gpu if padded is None else padded, max_graphs
         with torch.no_grad():
             self.detector = self._prepare(detector)
         self._maps = torch.compile(self._dense, dynamic=False) if compile else self._dense
@@ -120,7 +128,8 @@ class PointRuntime:
     def _prepare(self, detector: PointDetector) -> PointDetector:
         detector = copy.deepcopy(detector).eval().requires_grad_(False)
         fold_norms(detector)
-        self._head = JointBranches(detector.head) if isinstance(detector.head, CenterHead) else detector.head
+        joint = self.padded and isinstance(detector.head, CenterHead)
+        self._head = JointBranches(detector.head) if joint else detector.head
         for module in [*detector.children(), self._head]:
             if module is not detector.vfe_module:
                 self._cast(module)
@@ -162,6 +171,8 @@ class PointRuntime:
         samples = len(clouds)
         if samples == 0:
             return []
+        if not self.padded:
+            return self._run_unpadded(clouds)
         capacity = self._capacity.get(samples) or self._first_capacity(clouds)
         while True:
             features, voxels = self.detector.vfe_module(clouds, capacity)
@@ -181,6 +192,13 @@ class PointRuntime:
             Detections(*(x[:n].clone() for x in parts))
             for *parts, n in zip(found.boxes, found.scores, found.labels, counts, strict=True)
         ]
+
+    def _run_unpadded(self, clouds: list[Tensor]) -> list[Detections]:
+        features, voxels = self.detector.vfe_module(clouds)
+        if len(features) == 0:
+            return self.detector.nothing(len(clouds), features.device)
+        x = self.detector.encode(features.to(self.dtype), voxels)
+        return drop_empty(self.detector.head.decode(self._maps(x)), voxels).split()
 
     def _first_capacity(self, clouds: list[Tensor]) -> int:
         _, voxels = self.detector.vfe_module(clouds)
