@@ -24,6 +24,8 @@ from zoo.kernels.flat_window import triton_order
 from zoo.kernels.halo import reference as halo_reference
 from zoo.kernels.halo import triton as halo_kernels
 from zoo.kernels.halo.reference import Geometry
+from zoo.kernels.rotated_iou import reference as rotated_reference
+from zoo.kernels.rotated_iou import triton as rotated_kernels
 from zoo.kernels.scatter_linear import reference as scatter_reference
 from zoo.kernels.scatter_linear import triton as scatter_kernels
 from zoo.kernels.sparse_conv import Neighbours, downsample, same_table, sort_sites, triton_depthwise, triton_neighbours
@@ -373,6 +375,23 @@ def test_tile_sparse_attention_by_descriptors(name: str, monkeypatch: pytest.Mon
     layout, D, *_ = SPARSE[name]
     monkeypatch.setitem(triton_descriptors.CONFIGS, (D, layout.tile), {})
     test_tile_sparse_attention(name)
+
+
+@pytest.mark.parametrize(("n", "side"), [(70, 8.0), (33, 3.0), (5, 1.0)])
+def test_rotated_suppression(n: int, side: float) -> None:
+    torch.manual_seed(0)
+    boxes = torch.rand(2, n, 5) * torch.tensor([side, side, 4, 2, 6])
+    count, threshold = torch.tensor([n, n - 3], dtype=torch.int32), torch.tensor([0.3, 0.1])
+    keep = rotated_kernels.nms(boxes, count, threshold)
+    assert torch.equal(keep, rotated_reference.nms(boxes, count, threshold)) and not keep.all()
+
+
+def test_rotated_overlap() -> None:
+    torch.manual_seed(0)
+    a, b = torch.rand(40, 5) * 4, torch.rand(37, 5) * 4
+    pairs = rotated_reference.overlap(a[:, None], b)
+    torch.testing.assert_close(rotated_kernels.overlap(a, b, False), pairs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rotated_kernels.overlap(a[:37], b, True), pairs.diagonal(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

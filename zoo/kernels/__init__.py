@@ -6,6 +6,7 @@ from zoo.kernels.depthwise_conv import depthwise_conv2d
 from zoo.kernels.factorized import cross_window_pool, factorized_attention
 from zoo.kernels.flat_window import flat_window_attention, flatten_windows
 from zoo.kernels.halo import halo_attention
+from zoo.kernels.rotated_iou import rotated_iou, rotated_iou_3d, rotated_nms, rotated_overlap
 from zoo.kernels.scatter_linear import scatter_linear_attention
 from zoo.kernels.tile_sparse import tile_sparse_attention
 from zoo.kernels.token_select import SelectionPlan, cls_attention, token_select
@@ -23,6 +24,10 @@ __all__ = [
     "depthwise_conv2d",
     "factorized_attention",
     "halo_attention",
+    "rotated_iou",
+    "rotated_iou_3d",
+    "rotated_nms",
+    "rotated_overlap",
     "route_regions",
     "tile_sparse_attention",
     "token_select",
