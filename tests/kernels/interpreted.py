@@ -21,6 +21,8 @@ from zoo.kernels.factorized import triton_pool as pool_kernels
 from zoo.kernels.halo import reference as halo_reference
 from zoo.kernels.halo import triton as halo_kernels
 from zoo.kernels.halo.reference import Geometry
+from zoo.kernels.rotated_iou import reference as rotated_reference
+from zoo.kernels.rotated_iou import triton as rotated_kernels
 from zoo.kernels.tile_sparse import (
     Diagonal,
     Full,
@@ -355,3 +357,20 @@ def test_tile_sparse_attention_by_descriptors(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(triton_descriptors, "DESCRIPTORS", True)
     monkeypatch.setattr(triton_descriptors, "can_describe", lambda *tensors: True)
     test_tile_sparse_attention(name)
+
+
+@pytest.mark.parametrize(("n", "side"), [(70, 8.0), (33, 3.0), (5, 1.0)])
+def test_rotated_suppression(n: int, side: float) -> None:
+    torch.manual_seed(0)
+    boxes = torch.rand(2, n, 5) * torch.tensor([side, side, 4, 2, 6])
+    count, threshold = torch.tensor([n, n - 3], dtype=torch.int32), torch.tensor([0.3, 0.1])
+    keep = rotated_kernels.nms(boxes, count, threshold)
+    assert torch.equal(keep, rotated_reference.nms(boxes, count, threshold)) and not keep.all()
+
+
+def test_rotated_overlap() -> None:
+    torch.manual_seed(0)
+    a, b = torch.rand(40, 5) * 4, torch.rand(37, 5) * 4
+    pairs = rotated_reference.overlap(a[:, None], b)
+    torch.testing.assert_close(rotated_kernels.overlap(a, b, False), pairs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rotated_kernels.overlap(a[:37], b, True), pairs.diagonal(), rtol=1e-4, atol=1e-5)

@@ -25,6 +25,7 @@ from zoo.kernels.factorized import triton as factorized
 from zoo.kernels.factorized import triton_pool
 from zoo.kernels.halo import triton as halo
 from zoo.kernels.halo.reference import Geometry, query_size
+from zoo.kernels.rotated_iou import triton as rotated
 from zoo.kernels.tile_sparse import Diagonal, Layout, pattern_table, triton_descriptors
 from zoo.kernels.tile_sparse import triton as tile_sparse
 
@@ -262,6 +263,16 @@ def test_halo_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", FACTORIZED)
 def test_factorized_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
     launch_factorized(name)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("candidates", [500, 2048, 4096, 8192])
+def test_rotated_suppression_compiles(candidates: int, arch: int, launches: list, tmp_path: Path) -> None:
+    boxes = torch.empty(2, candidates, 5)
+    rotated.nms(boxes, torch.empty(2, dtype=torch.int32), torch.empty(2))
+    rotated.overlap(boxes[0], boxes[1], False)
+    rotated.overlap(boxes[0], boxes[1], True)
     check(launches, arch, tmp_path)
 
 

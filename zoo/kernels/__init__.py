@@ -5,6 +5,7 @@ from zoo.kernels.bilevel_routing import Routing, bilevel_attention, bilevel_rout
 from zoo.kernels.depthwise_conv import depthwise_conv2d
 from zoo.kernels.factorized import cross_window_pool, factorized_attention
 from zoo.kernels.halo import halo_attention
+from zoo.kernels.rotated_iou import rotated_iou, rotated_iou_3d, rotated_nms, rotated_overlap
 from zoo.kernels.tile_sparse import tile_sparse_attention
 
 __all__ = [
@@ -17,6 +18,10 @@ __all__ = [
     "depthwise_conv2d",
     "factorized_attention",
     "halo_attention",
+    "rotated_iou",
+    "rotated_iou_3d",
+    "rotated_nms",
+    "rotated_overlap",
     "route_regions",
     "tile_sparse_attention",
 ]
