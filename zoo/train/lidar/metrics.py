@@ -138,7 +138,7 @@ def average_precision(hits: Tensor, weights: Tensor, truths: int, points: str) -
 
     Args:
         hits: [P], 1 where a prediction is right.
-        weights: [P], what a hit counts in precision and recall; `hits` itself for the plain average precision.
+        weights: [P], what a hit counts in precision; `hits` itself for the plain average precision.
         truths: Number of ground truth boxes.
         points: As in `BoxAveragePrecision`.
 

@@ -104,14 +104,18 @@ class LidarSimulator:
         """The scene of an index, with the objects that the sensor does not see."""
         return draw_layout(np.random.default_rng((self.seed, index, _LAYOUT)), self.extent)
 
-    def frames(self, indices: Sequence[int]) -> list[Frame]:
+    def frames(self, indices: Sequence[int], layouts: Sequence[Layout] | None = None) -> list[Frame]:
         """Frames of several indices, traced together.
+
+        Args:
+            indices: Any numbers from 0.
+            layouts: What `layout` gives for them, where that has been computed before.
 
         Returns:
             For each index its frame: points [n, 5] float32 (x, y, z, tanh of intensity, 0; z is 0 at the ground below
             the sensor), boxes [k, 7] of the objects with at least `min_points` echoes, labels [k] (`CLASSES`).
         """
-        layouts = [self.layout(index) for index in indices]
+        layouts = [self.layout(index) for index in indices] if layouts is None else layouts
         if not layouts:
             return []
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
@@ -127,7 +131,7 @@ class LidarSimulator:
             )
         ]
 
-    def _batch(self, layouts: list[Layout], indices: Sequence[int]) -> _Batch:
+    def _batch(self, layouts: Sequence[Layout], indices: Sequence[int]) -> _Batch:
         sensors = [self._draw_sensor(index) for index in indices]
         count = [len(layout.parts.kind) for layout in layouts]
         frame = np.repeat(np.arange(len(layouts)), count)
