@@ -191,6 +191,7 @@ def rotated_nms(
     *,
     max_output: int,
     limit: int | None = None,
+    group_limit: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Greedy non-maximum suppression of rotated rectangles, for many groups (samples, classes) at once.
@@ -205,6 +206,7 @@ def rotated_nms(
             a number, or a tensor of the shape of the groups.
         max_output: Places for the result of a group, K.
         limit: Only the best so many of a group take part; all by default.
+        group_limit: The same for each group, a tensor of the shape of the groups, where they differ.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -227,6 +229,8 @@ def rotated_nms(
     order = order[:, :size]
     ranked = boxes[None].flatten(0, boxes.dim() - 2).gather(1, order[..., None].expand(-1, -1, 5))
     count = (best[:, :size] > -torch.inf).sum(-1, dtype=torch.int32)
+    if group_limit is not None:
+        count = torch.minimum(count, group_limit.expand(shape).reshape(-1).to(torch.int32))
     if isinstance(threshold, Tensor):
         threshold = threshold.to(boxes.dtype).expand(shape).reshape(-1)
     else:
