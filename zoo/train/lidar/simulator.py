@@ -47,6 +47,12 @@ class SpinningSensor:
     drop: float = 0.03
 
 
+# A body that no ray meets, the last one of every batch: rays that hit no other may point at it.
+_NOTHING = Parts(
+    np.array([BOX]), np.array([[1e3, 0, -1e3]]), np.full((1, 3), 1e-3), np.zeros(1), np.zeros((1, 3)), np.array([-1])
+)
+
+
 class _Batch(NamedTuple):
     """What rays are traced against, on the device. `B` frames, `L` beams, `A` columns, `P` parts of all frames."""
 
@@ -133,10 +139,12 @@ class LidarSimulator:
 
     def _batch(self, layouts: Sequence[Layout], indices: Sequence[int]) -> _Batch:
         sensors = [self._draw_sensor(index) for index in indices]
-        count = [len(layout.parts.kind) for layout in layouts]
-        frame = np.repeat(np.arange(len(layouts)), count)
+        count = [*(len(layout.parts.kind) for layout in layouts), 1]
+        frame = np.repeat([*range(len(layouts)), 0], count)
         heights = np.array([height for _, height, _ in sensors])
-        parts = Parts(*(np.concatenate(field) for field in zip(*(layout.parts for layout in layouts), strict=True)))
+        parts = Parts(
+            *(np.concatenate(field) for field in zip(*(layout.parts for layout in layouts), _NOTHING, strict=True))
+        )
         centre = parts.centre - np.stack([np.zeros_like(frame), np.zeros_like(frame), heights[frame]], 1)
         objects = np.cumsum([0, *(len(layout.boxes) for layout in layouts)])
         owner = np.where(parts.owner < 0, objects[-1], parts.owner + objects[frame])
@@ -213,7 +221,7 @@ class LidarSimulator:
         distance = torch.where(on_ground, ground, distance)
         intensity = self._intensity(batch, distance, part, on_ground)
         noise = _normal(batch.seeds.view(-1, 1, 1), ray, 1)
-        rough = torch.where(on_ground, 0.01, batch.look[part, 2])
+        rough = torch.where(on_ground, 0.0, batch.look[part, 2])
         measured = distance + noise * (self.sensor.range_noise**2 + rough**2).sqrt()
         echo = (measured > 1.0) & (measured < self.sensor.max_range) & batch.present[:, None]
         # Faint echoes get lost more often.
@@ -223,9 +231,9 @@ class LidarSimulator:
         xyz = measured[..., None] * batch.directions
         xyz[..., 2] += batch.height.view(-1, 1, 1)
         points = torch.cat([xyz, intensity.tanh()[..., None], torch.zeros_like(intensity)[..., None]], -1)
-        owner = torch.where(echo & ~on_ground, batch.owner[part], batch.owner.amax() if len(batch.owner) else 0)
-        hits = torch.bincount(owner.flatten(), minlength=1)
-        hits = torch.nn.functional.pad(hits, (0, max(0, len(batch.owner) + 1 - len(hits))))
+        owner = torch.where(echo & ~on_ground, batch.owner[part], batch.owner[-1])
+        hits = torch.bincount(owner.flatten())
+        hits = torch.nn.functional.pad(hits, (0, len(batch.owner)))
         return points[echo], echo.sum((1, 2)).tolist(), hits
 
     def _nearest_part(self, batch: _Batch, ray: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,8 +309,6 @@ def _intersect(directions: Tensor, centre: Tensor, half: Tensor, heading: Tensor
 
 def _facing(directions: Tensor, distance: Tensor, batch: _Batch, part: Tensor) -> Tensor:
     """Cosine between ray and surface normal at the place that was hit, [B, A, L]."""
-    if not len(batch.kind):
-        return torch.zeros_like(distance)
     half, heading = batch.half[part], batch.heading[part]
     direction = _to_local(directions, heading)
     place = _to_local(distance[..., None] * directions - batch.centre[part], heading) / half
