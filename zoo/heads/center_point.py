@@ -356,5 +356,3 @@ class ScatterFormerCenterHead(CenterHead):
         iou = ((gather_cells(maps["iou"], index)[..., 0] + 1) / 2).clamp(0, 1)
         power = self.iou_power[labels]
         return scores ** (1 - power) * iou**power
-
-
