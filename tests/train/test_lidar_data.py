@@ -146,7 +146,8 @@ class FakeDevkit:
         }  # fmt: skip
         self.tables["scene"] = {"a": dict(name="scene-a"), "b": dict(name="scene-b")}
         self.tables["sample_annotation"] = {
-            "car": dict(num_lidar_pts=9, rotation=[half, 0, 0, half]), "rack": dict(num_lidar_pts=9, rotation=[1, 0, 0, 0]),
+            "car": dict(num_lidar_pts=9, rotation=[half, 0, 0, half]),
+            "rack": dict(num_lidar_pts=9, rotation=[1, 0, 0, 0]),
             "unseen": dict(num_lidar_pts=0, rotation=[1, 0, 0, 0]),
         }  # fmt: skip
         self.sample = [dict(scene_token="a", data={"LIDAR_TOP": "2"}), dict(scene_token="b", data={"LIDAR_TOP": "0"})]
@@ -225,7 +226,6 @@ def test_balanced_order() -> None:
 
 
 def folder(tmp_path):
-    rng = np.random.default_rng(0)
     for split, drives in (("train", 2), ("val", 1)):
         for d in range(drives):
             place = tmp_path / split / f"drive{d}"

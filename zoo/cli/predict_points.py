@@ -28,7 +28,8 @@ def run(paths: list[Path], failures: list[str], args: argparse.Namespace) -> int
             failures.append(" ".join(str(error).split()))
             continue
         record = {"file": str(path), "model": args.model, **detector.predict(cloud, args.score)}
-        record["picture"] = str(_write(record, cloud, args.out, detector.classes))
+        record["picture"] = str(args.out / f"{path.name}.png")
+        _write(record, cloud, detector.classes)
         results.append(record)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
@@ -93,22 +94,20 @@ class Detector:
         return {"ground": round(ground, 3), "boxes": boxes}
 
 
-def _write(record: dict, cloud, folder: Path, classes: tuple[str, ...]) -> Path:
-    """Write FILE.json and FILE.png to a folder; return the path of the picture."""
+def _write(record: dict, cloud, classes: tuple[str, ...]) -> None:
+    """Write FILE.json and FILE.png."""
     import numpy as np
 
     from zoo.visualize_bev import draw_bev
 
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / Path(record["file"]).name
-    target.with_name(target.name + ".json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    picture = Path(record["picture"])
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.with_suffix(".json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     rows = record["boxes"]
     boxes = np.array([[row[key] for key in ("x", "y", "z", "dx", "dy", "dz", "yaw")] for row in rows]).reshape(-1, 7)
     labels = np.array([classes.index(row["label"]) for row in rows], int)
     scores = np.array([row["score"] for row in rows])
-    picture = target.with_name(target.name + ".png")
     draw_bev(cloud.points, boxes, labels, scores, classes=classes).save(picture)
-    return picture
 
 
 def _table(results: list[dict], classes: tuple[str, ...]):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zoo.train.lidar.database import ObjectDatabase
 
 
-@dataclass
+@dataclass(frozen=True)
 class LidarAugmentation:
     """Settings of the random changes of a training frame, all of points and boxes together.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import zlib
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -83,25 +85,28 @@ def _names(columns: int, fifth: str) -> tuple[str, ...]:
     return (*_XYZI, fifth, *(f"column{i}" for i in range(5, columns)))[:columns]
 
 
-def _read_npz(path: Path) -> PointCloud:
+def _load(path: Path):
+    """What numpy reads from a file, which must hold no pickled objects."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            key = "points" if "points" in file.files else file.files[0] if len(file.files) == 1 else None
-            if key is None:
-                raise ValueError(f"'{path}' has no array 'points', only {', '.join(file.files)}.")
-            points = file[key]
-            names = [str(name).lower() for name in file["columns"]] if "columns" in file.files else None
-    except (OSError, EOFError, KeyError) as error:
-        raise ValueError(f"'{path}' is damaged or is no .npz file: {error}.") from error
-    return _from_array(path, points, names)
+        return np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError, BadZipFile) as error:
+        raise ValueError(f"'{path}' is damaged or is no {path.suffix} file: {error}.") from error
+
+
+def _read_npz(path: Path) -> PointCloud:
+    with _load(path) as file:
+        key = "points" if "points" in file.files else file.files[0] if len(file.files) == 1 else None
+        if key is None:
+            raise ValueError(f"'{path}' has no array 'points', only {', '.join(file.files)}.")
+        try:
+            points, names = file[key], file["columns"] if "columns" in file.files else None
+        except (OSError, EOFError, ValueError, BadZipFile, zlib.error) as error:
+            raise ValueError(f"'{path}' is damaged: {error}.") from error
+    return _from_array(path, points, None if names is None else [str(name).lower() for name in names])
 
 
 def _read_npy(path: Path) -> PointCloud:
-    try:
-        points = np.load(path, allow_pickle=False)
-    except (OSError, EOFError) as error:
-        raise ValueError(f"'{path}' is damaged or is no .npy file: {error}.") from error
-    return _from_array(path, points, None)
+    return _from_array(path, _load(path), None)
 
 
 def _from_array(path: Path, points: np.ndarray, names: list[str] | None) -> PointCloud:
