@@ -73,7 +73,9 @@ def _are_point_clouds(patterns: list[str]) -> bool:
         if path.suffix.lower() in SUFFIXES:
             return True
         if path.is_dir():
-            return not find_images([pattern])[0] and bool(find_files([pattern], SUFFIXES, "point cloud")[0])
+            # Pictures of point clouds, FILE.bin.png, lie beside these.
+            images = [p for p in find_images([pattern])[0] if p.with_suffix("").suffix.lower() not in SUFFIXES]
+            return not images and bool(find_files([pattern], SUFFIXES, "point cloud")[0])
     return False
 
 
