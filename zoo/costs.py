@@ -14,6 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from zoo import registry
+
 _FILE = Path(__file__).with_name("costs.json")
 
 
@@ -28,14 +30,36 @@ def _shipped() -> dict[str, dict]:
     return json.loads(_FILE.read_text(encoding="utf-8"))
 
 
+def detector_input(name: str) -> tuple[int, int, int]:
+    """Columns of a point, and cells along y and x, of a detector in point clouds."""
+    with torch.device("meta"):
+        model = registry.entries()[name].build()
+    return (len(model.point_features), *model.grid_size[1:])
+
+
 @functools.cache
 def measure(name: str, input_size: tuple[int, ...]) -> tuple[int, int]:
-    """The same, counted on fake tensors: nothing is allocated or downloaded."""
+    """The same, counted on fake tensors: nothing is allocated or downloaded.
+
+    Of a detector in point clouds, what follows the map of its backbone is counted: the rest depends on the points.
+    """
+    if registry.find(name) is not None:
+        return _measure_detector(name)
     with torch.device("meta"):
         model = timm.create_model(name)
     # The forward pass runs on fake CPU tensors, because autocast regions inside models do not know the meta device.
     with FakeTensorMode(allow_non_fake_inputs=True):
         return count_params(model), count_macs(model.to_empty(device="cpu"), input_size)
+
+
+def _measure_detector(name: str) -> tuple[int, int]:
+    with torch.device("meta"):
+        model = registry.entries()[name].build().eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device="cpu")
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.dense(torch.zeros(1, *model.map_shape))
+    return count_params(model), counter.get_total_flops() // 2
 
 
 def count_params(model: nn.Module) -> int:
@@ -69,7 +93,8 @@ def write() -> None:
 
     table = {}
     for name in zoo.list_models():
-        input_size = list(timm.get_pretrained_cfg(name).input_size)
+        detector = registry.find(name) is not None
+        input_size = list(detector_input(name) if detector else timm.get_pretrained_cfg(name).input_size)
         table[name] = {"input_size": input_size, "costs": list(measure(name, tuple(input_size)))}
     rows = (f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
     _FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")

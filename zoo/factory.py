@@ -2,12 +2,15 @@
 
 Image models live in timm's registry, so everything here is a thin layer over timm: it names what is wrong when a name,
 a tag or a weights file does not exist, and never hands out a random model where pretrained weights were asked for.
+Detectors in point clouds are kept by `zoo.registry`.
 """
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ import timm
 from timm.models import get_arch_name, get_pretrained_cfg, is_model, model_entrypoint, parse_model_name
 from torch import nn
 
-from zoo import costs, hub
+from zoo import costs, hub, registry
 from zoo.accelerate import accelerate, can_accelerate
 
+IMAGE_TASK = "image-classification"
 # Any of these in `pretrained_cfg` or its overlay says where the weights are.
 _SOURCES = ("url", "file", "hf_hub_id", "state_dict")
 
@@ -50,8 +54,10 @@ class ModelInfo:
         family: Family, the name of its module.
         task: Hub task name.
         params: Number of parameters.
-        gmacs: Multiply-accumulates of one forward pass at `input_size`, in billions.
-        input_size: Default input, (channels, height, width).
+        gmacs: Multiply-accumulates of one forward pass at `input_size`, in billions; of a detector in point clouds
+            those on its map, as those before depend on the points.
+        input_size: Default input, (channels, height, width); of a detector in point clouds the columns of a point and
+            the cells of its grid along y and x.
         weights: Pretrained weights that `create_model` can load.
         license: License of the default weights, or of the code they came from.
         paper: Paper name and identifiers.
@@ -85,7 +91,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     Args:
         name: `arch`, `arch.tag`, `hf-hub:org/name[@revision]` or `local-dir:path`. timm's own names work too.
         pretrained: Load pretrained weights. Never yields a random model: without weights this raises.
-        **kwargs: Passed to `timm.create_model` (`num_classes`, `in_chans`, `drop_path_rate`, `features_only`, ...).
+        **kwargs: Passed to `timm.create_model` (`num_classes`, `in_chans`, `drop_path_rate`, `features_only`, ...), or
+            settings of a detector (`classes`, `point_range`, ...) to replace.
 
     Returns:
         The model, in training mode as timm leaves it.
@@ -95,6 +102,9 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
         zoo.hub.HubError: The weights do not exist, cannot be fetched or cannot be read.
     """
     source, location = parse_model_name(name)
+    detector = _detector(name, source, location, kwargs.get("cache_dir"))
+    if detector is not None:
+        return _create_detector(detector, name, pretrained, kwargs)
     if source is None:
         _check_name(name)
         if pretrained:
@@ -115,6 +125,7 @@ def list_models(
     pretrained: bool = False,
     exclude_filters: str | Iterable[str] = "",
     include_tags: bool | None = None,
+    task: str | None = None,
 ) -> list[str]:
     """List the models of this package, naturally sorted.
 
@@ -123,9 +134,22 @@ def list_models(
         pretrained: Only models with weights; the names then carry their tags.
         exclude_filters: Wildcard filter(s) of names to leave out.
         include_tags: Add tags to the names. None means the value of `pretrained`.
+        task: Only models of this task: `image-classification` or `object-detection-3d`.
     """
     names = timm.list_models(filter, pretrained=pretrained, exclude_filters=exclude_filters, include_tags=include_tags)
-    return [name for name in names if model_entrypoint(name).__module__.startswith("zoo.")]
+    names = [name for name in names if model_entrypoint(name).__module__.startswith("zoo.")]
+    if task not in (None, IMAGE_TASK):
+        names = []
+    tagged = pretrained if include_tags is None else include_tags
+    for arch, entry in registry.entries().items():
+        if task in (None, entry.task):
+            own = list(registry.weights(arch))
+            # Tags name weights: a model without any is listed by its bare name, as timm does.
+            listed = own if pretrained or (tagged and own) else [arch]
+            if pretrained and not tagged:
+                listed = [arch] if own else []
+            names += [name for name in listed if _matches(name, filter, exclude_filters)]
+    return sorted(names, key=_natural_key)
 
 
 def model_info(name: str) -> ModelInfo:
@@ -139,13 +163,15 @@ def model_info(name: str) -> ModelInfo:
     """
     _check_name(name)
     arch = get_arch_name(name)
+    if registry.find(name) is not None:
+        return _detector_info(name)
     cfg = get_pretrained_cfg(name) or get_pretrained_cfg(arch)
     input_size = tuple(cfg.input_size) if cfg else (3, 224, 224)
     params, macs = costs.of(name, input_size)
     return ModelInfo(
         name=name,
         family=_family(arch),
-        task="image-classification",
+        task=IMAGE_TASK,
         params=params,
         gmacs=round(macs / 1e9, 3),
         input_size=input_size,
@@ -156,14 +182,85 @@ def model_info(name: str) -> ModelInfo:
     )
 
 
+def _natural_key(name: str) -> list[int | str]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+
+
+def _matches(name: str, filter: str | Iterable[str], exclude_filters: str | Iterable[str]) -> bool:
+    """Whether wildcard filters take a name."""
+    include, exclude = ([f] if isinstance(f, str) else list(f) for f in (filter, exclude_filters))
+    wanted = not any(include) or any(fnmatch(name, f) or fnmatch(name, f"{f}.*") for f in include if f)
+    return wanted and not any(fnmatch(name, f) for f in exclude if f)
+
+
+def _detector(name: str, source: str | None, location: str, cache_dir: Any) -> registry.Entry | None:
+    """The detector in point clouds that a name means, None for a model of timm."""
+    if source is None:
+        return registry.find(name)
+    config = hub.read_config(location) if source == "local-dir" else hub.fetch_config(location, cache_dir)
+    return registry.find(config["architecture"])
+
+
+def _create_detector(entry: registry.Entry, name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    source, location = parse_model_name(name)
+    cache_dir = kwargs.pop("cache_dir", None)
+    if source == "local-dir":
+        if pretrained:
+            hub.check_folder(location)
+        return registry.load(location, pretrained, **kwargs)
+    if source is not None:
+        return registry.load(hub.fetch_model(location, cache_dir, pretrained), pretrained, **kwargs)
+    _check_name(name)
+    if not pretrained:
+        return entry.build(**kwargs)
+    folders = registry.weights(entry.name)
+    if not folders:
+        hint = f" {_detector_origin(entry)}" if entry.origin else ""
+        raise hub.HubError(f"No pretrained weights exist for '{name}'.{hint} Use pretrained=False for random weights.")
+    folder = folders.get(name) or next(iter(folders.values()))
+    hub.check_folder(folder)
+    return registry.load(folder, **kwargs)
+
+
+def _detector_origin(entry: registry.Entry) -> str | None:
+    if entry.origin is None:
+        return None
+    command = f"`zoo convert {entry.family} FILE --model {entry.name} --out DIR`"
+    return f"Official weights: {entry.origin}; convert them with {command} and load 'local-dir:DIR'."
+
+
+def _detector_info(name: str) -> ModelInfo:
+    entry = registry.find(name)
+    input_size = costs.detector_input(entry.name)
+    params, macs = costs.of(entry.name, input_size)
+    weights = []
+    for full, folder in registry.weights(entry.name).items():
+        config = hub.read_config(folder)
+        found = WeightsInfo(full, "embedded", len(config["classes"]), config.get("metrics", {}), config.get("license"))
+        weights += [found] if name in (entry.name, full) else []
+    return ModelInfo(
+        name=name,
+        family=entry.family,
+        task=entry.task,
+        params=params,
+        gmacs=round(macs / 1e9, 3),
+        input_size=input_size,
+        weights=weights,
+        license=entry.license,
+        paper=entry.paper,
+        get_weights=_detector_origin(entry),
+    )
+
+
 def _check_name(name: str) -> None:
     arch, _, tag = name.partition(".")
-    if not is_model(arch):
+    if not is_model(arch) and registry.find(arch) is None:
         known = timm.list_models()
         close = difflib.get_close_matches(arch, list_models(), n=3) or difflib.get_close_matches(arch, known, n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"Unknown model '{arch}'.{hint} `zoo list` shows all models.")
-    tags = [full.partition(".")[2] for full in _names_with_tag(arch)]
+    names = list(registry.weights(arch)) if registry.find(arch) else _names_with_tag(arch)
+    tags = [full.partition(".")[2] for full in names]
     if tag and tag not in tags:
         valid = [t for t in tags if t]
         hint = f"Valid tags: {', '.join(valid)}." if valid else f"'{arch}' has no tags."

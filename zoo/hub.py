@@ -24,6 +24,8 @@ from safetensors.torch import save_file
 from timm.models import PretrainedCfg
 from torch import nn
 
+from zoo import registry
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
@@ -73,6 +75,24 @@ def fetch_config(repo_id: str, cache_dir: str | Path | None = None) -> dict[str,
     return read_config(Path(path).parent)
 
 
+def fetch_model(repo_id: str, cache_dir: str | Path | None = None, weights: bool = True) -> Path:
+    """Fetch the config, and the weights, of `org/name[@revision]` and return the folder that holds them.
+
+    Raises:
+        HubError: Whatever is wrong with the repository, the network or the files.
+    """
+    from huggingface_hub import hf_hub_download
+
+    name, _, revision = repo_id.partition("@")
+    with explain_errors(name, revision):
+        for file in [CONFIG, WEIGHTS] if weights else [CONFIG]:
+            path = hf_hub_download(name, file, revision=revision or None, cache_dir=cache_dir)
+    folder = Path(path).parent
+    if weights:
+        check_folder(folder)
+    return folder
+
+
 def is_embedded(file: str | Path) -> bool:
     """Tell whether a weights file belongs to this package."""
     return _EMBEDDED in Path(file).parents
@@ -92,7 +112,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise HubError(f"'{path}' cannot be read: {error}.") from error
     if not isinstance(config, dict) or "architecture" not in config:
-        raise HubError(f"'{path}' is not the config of a timm model: it names no architecture.")
+        raise HubError(f"'{path}' is not the config of a model: it names no architecture.")
     return config
 
 
@@ -136,10 +156,11 @@ def save_model(
     data_config: dict[str, Any] | None = None,
     half: bool = False,
 ) -> Path:
-    """Save a timm-style model in the hub layout; the folder appears complete or not at all.
+    """Save a model in the hub layout; the folder appears complete or not at all.
 
     Args:
-        model: A model made by `create_model` (it carries its `pretrained_cfg`).
+        model: A model made by `create_model`: a timm-style one (it carries its `pretrained_cfg`) or a detector in
+            point clouds, which knows its classes, so that it takes neither `label_names` nor `data_config`.
         directory: Target folder. An existing one keeps its other files.
         card: Fields of the model card (see `render_card`), or the whole text of it.
         metrics: Measured results by name, for instance `{"top1": 91.2}`; they go into the config and the card.
@@ -153,6 +174,14 @@ def save_model(
     Raises:
         ValueError: Not a timm-style model, wrong number of labels, or weights that fp16 cannot hold.
     """
+    if registry.is_registered(model):
+        if label_names is not None or data_config is not None:
+            raise ValueError(f"{type(model).__name__} has classes of its own and takes no label_names or data_config.")
+        with _new_folder(directory) as folder:
+            save_file(_plain_tensors(model, half), folder / WEIGHTS, metadata={"format": "pt"})
+            checksum = {WEIGHTS: sha256(folder / WEIGHTS)}
+            registry.describe(model, folder, card or {}, metrics or {}, checksum)
+        return Path(directory)
     if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
         raise ValueError(f"{type(model).__name__} has no pretrained_cfg: only a model of create_model can be saved.")
     if label_names is not None and len(label_names) != model.num_classes:

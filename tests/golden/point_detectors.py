@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zoo.heads.bev_ops import ClassNMS, Grid
 from zoo.heads.center_point import CenterHead, FlatFormerCenterHead, ScatterFormerCenterHead
 from zoo.heads.detections import Targets
+from zoo.heads.point_detectors import FlatFormerDetector
 from zoo.heads.transfusion import TransFusionHead
 
 from . import fill, pc_inputs
@@ -257,3 +258,32 @@ def run_transfusion(case: DetectorCase) -> None:
     x = case.input("x").requires_grad_()
     loss = check_transfusion(case, head, head(x))
     case.check_gradients(loss, {"x": x, **dict(head.named_parameters())})
+
+
+def run_flatformer_detector(case: DetectorCase) -> None:
+    config = case.kwargs["flatformer"]
+    detector = FlatFormerDetector(
+        voxel_size=case.kwargs["voxel_size"],
+        point_range=case.kwargs["point_cloud_range"],
+        clamp=True,
+        num_heads=config["num_heads"],
+        num_blocks=config["num_blocks"],
+        channels=config["in_channels"],
+        window=config["window_shape"][0],
+        group_size=config["group_size"],
+    )
+    detector.bbox_head = flatformer_head(case.kwargs["head"])
+    case.load(detector)
+    points = case.input("points")
+    features, voxels = detector.vfe_module(points)
+    coords = voxels.coords
+    case.check("voxel_coords", coords)
+    case.check("voxel_features", features)
+    bev = detector.encode(features, voxels)
+    b, _, y, x = coords.long().unbind(1)
+    case.check("bev_tokens", bev[b, :, y, x])
+    neck = detector.neck_map(bev)
+    case.check("neck", neck)
+    check_center(case, detector.head, detector.head(neck))
+    whole = detector(points)
+    assert [len(found.scores) for found in whole] == case.spec["measured"]["num_det"]

@@ -18,6 +18,9 @@ from zoo.kernels.depthwise_conv import triton as conv_kernels
 from zoo.kernels.factorized import reference as factorized_reference
 from zoo.kernels.factorized import triton as factorized_kernels
 from zoo.kernels.factorized import triton_pool as pool_kernels
+from zoo.kernels.flat_window import reference as flat_reference
+from zoo.kernels.flat_window import triton as flat_kernels
+from zoo.kernels.flat_window import triton_order
 from zoo.kernels.halo import reference as halo_reference
 from zoo.kernels.halo import triton as halo_kernels
 from zoo.kernels.halo.reference import Geometry
@@ -374,3 +377,54 @@ def test_rotated_overlap() -> None:
     pairs = rotated_reference.overlap(a[:, None], b)
     torch.testing.assert_close(rotated_kernels.overlap(a, b, False), pairs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rotated_kernels.overlap(a[:37], b, True), pairs.diagonal(), rtol=1e-4, atol=1e-5)
+
+
+# (pillars of each sample, rows of padding, window, group, heads, head dim, dtype): several samples, one empty and some
+# shorter than a group, groups with and without a tail, full last groups.
+FLAT_PROBLEMS = {
+    "samples": ([50, 0, 9, 33], 5, (5, 3), 16, 2, 12, torch.float32),
+    "tail": ([61], 0, (4, 4), 24, 1, 16, torch.float32),
+    "half": ([40, 3], 40, (5, 5), 20, 2, 16, torch.float16),
+    "full": ([32], 0, (12, 12), 16, 1, 8, torch.float32),
+    "large_group": ([30, 100], 2, (3, 3), 72, 1, 16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", FLAT_PROBLEMS)
+def test_flat_window_attention(name: str) -> None:
+    counts, padding, window, group, heads, D, dtype = FLAT_PROBLEMS[name]
+    torch.manual_seed(0)
+    coords = pillars(counts, 12, padding)
+    windows = flat_reference.Windows(len(counts), (12, 12), window, group)
+    order, groups = triton_order.flatten_windows(coords, windows)
+    expected_order, expected_groups = flat_reference.flatten_windows(coords, windows)
+    assert torch.equal(order, expected_order) and torch.equal(groups, expected_groups)
+    inputs = [x.unflatten(-1, (heads, D)) for x in torch.randn(len(coords), 3 * heads * D).to(dtype).chunk(3, -1)]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    settings = (order[1], groups, group, 0.4)
+    expected = flat_reference.flat_window_attention(*leaves, *settings)
+    grad = torch.randn_like(expected)
+    out, lse = flat_kernels.forward(*inputs, *settings)
+    grads = flat_kernels.backward(grad, *inputs, out, lse, *settings)
+    tolerance = dict(rtol=2e-2, atol=2e-2) if dtype == torch.float16 else dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, expected.detach(), **tolerance)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, grad), **tolerance)
+
+
+def pillars(counts: list[int], side: int, padding: int) -> torch.Tensor:
+    """int32 [V, 4] random cells (sample, z, y, x) of a square grid, sorted, then rows of padding."""
+    rows = [torch.tensor([[len(counts), 0, 0, 0]]).expand(padding, 4)]
+    for b in reversed(range(len(counts))):
+        cell = torch.randperm(side * side)[: counts[b]].sort().values
+        rows.insert(0, torch.stack([cell * 0 + b, cell * 0, cell // side, cell % side], 1))
+    return torch.cat(rows).int()
+
+
+def test_flattening_in_int64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of many samples do not fit 32 bits."""
+    coords = pillars([0] * 5 + [40], 12, 3)
+    windows = flat_reference.Windows(6, (12, 12), (5, 3), 16)
+    expected = flat_reference.flatten_windows(coords, windows)
+    monkeypatch.setattr(flat_reference.Windows, "key_dtype", lambda self: torch.int64)
+    order, groups = triton_order.flatten_windows(coords, windows)
+    assert torch.equal(order, expected[0]) and torch.equal(groups, expected[1])

@@ -23,6 +23,9 @@ from zoo.kernels.bilevel_routing import triton_routing
 from zoo.kernels.depthwise_conv import triton as conv
 from zoo.kernels.factorized import triton as factorized
 from zoo.kernels.factorized import triton_pool
+from zoo.kernels.flat_window import triton as flat_window
+from zoo.kernels.flat_window import triton_order
+from zoo.kernels.flat_window.reference import Windows
 from zoo.kernels.halo import triton as halo
 from zoo.kernels.halo.reference import Geometry, query_size
 from zoo.kernels.rotated_iou import triton as rotated
@@ -34,6 +37,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
 }
 OPTIONS = ("num_warps", "num_stages")
@@ -76,6 +80,14 @@ FACTORIZED = {
     "stage1_1024": (256, 64, 1, 8, torch.bfloat16),
     "stage1_float32": (56, 64, 1, 8, torch.float32),
     "stage4_float32": (7, 512, 8, 1, torch.float32),
+}
+# Flattened window attention: (group, heads, head dim, dtype). FlatFormer on Waymo and by default, the limits.
+FLAT = {
+    "waymo": (144, 8, 16, torch.float16),
+    "default": (69, 8, 16, torch.bfloat16),
+    "limits": (256, 2, 64, torch.bfloat16),
+    "float32": (144, 8, 16, torch.float32),
+    "float32_limits": (256, 2, 16, torch.float32),
 }
 # Pattern sparse attention: (layout, head dim, dtype). Heads of HunyuanVideo and CogVideoX, exact masks.
 SPARSE = {
@@ -213,6 +225,15 @@ def launch_factorized(name: str) -> None:
     factorized.backward(out, *inputs, out, lse)
 
 
+def launch_flat_window(name: str) -> None:
+    group, heads, D, dtype = FLAT[name]
+    coords = torch.zeros(11783, 4, dtype=torch.int32)
+    order, groups = triton_order.flatten_windows(coords, Windows(1, (468, 468), (13, 13), group))
+    q, k, v = torch.empty(11783, 3, heads, D, dtype=dtype).unbind(1)
+    out, lse = flat_window.forward(q, k, v, order[0], groups, group, 0.25)
+    flat_window.backward(out, q, k, v, out, lse, order[0], groups, group, 0.25)
+
+
 def launch_tile_sparse(name: str) -> None:
     layout, D, dtype = SPARSE[name]
     q = torch.empty(1, layout.tokens, 2, D, dtype=dtype).transpose(1, 2)
@@ -273,6 +294,13 @@ def test_rotated_suppression_compiles(candidates: int, arch: int, launches: list
     rotated.nms(boxes, torch.empty(2, dtype=torch.int32), torch.empty(2))
     rotated.overlap(boxes[0], boxes[1], False)
     rotated.overlap(boxes[0], boxes[1], True)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", FLAT)
+def test_flat_window_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_flat_window(name)
     check(launches, arch, tmp_path)
 
 

@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
         candidates = [args.model]
     checkpoint = read_checkpoint(args.checkpoint)
     arch, state_dict = _match(args, checkpoint, candidates)
-    model = zoo.create_model(arch, num_classes=_num_classes(arch, state_dict))
+    sizes = {} if _detector(arch) else {"num_classes": _num_classes(arch, state_dict)}
+    model = zoo.create_model(arch, **sizes)
     model.load_state_dict(state_dict)
     card = {
         "name": arch,
@@ -76,7 +77,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile, SafetensorError) as error:
         raise ValueError(f"'{path}' is damaged or is not a checkpoint.") from error
     # Where training kept an average under this name, it is the published one.
-    for key in ("state_dict_ema", "model", "state_dict"):
+    for key in ("state_dict_ema", "model", "state_dict", "model_state"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
     tensors = isinstance(checkpoint, dict) and {k: v for k, v in checkpoint.items() if isinstance(v, torch.Tensor)}
@@ -95,8 +96,18 @@ def _archs(family: str) -> list[str]:
     from timm.models import model_entrypoint
 
     import zoo
+    from zoo import registry
 
-    return [name for name in zoo.list_models() if model_entrypoint(name).__module__.rpartition(".")[2] == family]
+    images = zoo.list_models(task="image-classification")
+    names = [name for name in images if model_entrypoint(name).__module__.rpartition(".")[2] == family]
+    return names + [name for name, entry in registry.entries().items() if entry.family == family]
+
+
+def _detector(arch: str) -> bool:
+    """Whether a model is a detector in point clouds, whose converter is all there is to do."""
+    from zoo import registry
+
+    return registry.find(arch) is not None
 
 
 def _match(args: argparse.Namespace, checkpoint: dict[str, Any], candidates: list[str]) -> tuple[str, dict[str, Any]]:
@@ -136,6 +147,11 @@ def _convert(arch: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
     import torch
     from timm.models import model_entrypoint
 
+    if _detector(arch):
+        from zoo import registry
+        from zoo.convert import converter
+
+        return converter(registry.find(arch).family).convert(dict(checkpoint))
     module = sys.modules[model_entrypoint(arch).__module__]
     with torch.device("meta"):
         model = model_entrypoint(arch)()
@@ -146,8 +162,13 @@ def _differences(arch: str, state_dict: dict[str, Any]) -> list[str]:
     import timm
     import torch
 
+    from zoo import registry
+
     with torch.device("meta"):
-        wanted = timm.create_model(arch, num_classes=_num_classes(arch, state_dict)).state_dict()
+        if _detector(arch):
+            wanted = registry.find(arch).build().state_dict()
+        else:
+            wanted = timm.create_model(arch, num_classes=_num_classes(arch, state_dict)).state_dict()
     shapes = [
         f"'{key}' has shape {tuple(state_dict[key].shape)} instead of {tuple(wanted[key].shape)}"
         for key in wanted

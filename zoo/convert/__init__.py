@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-FAMILIES = ("agent", "biformer", "favit")
+FAMILIES = ("agent", "biformer", "favit", "flatformer", "scatterformer")
 
 
 def converter(family: str) -> ModuleType:

@@ -102,6 +102,11 @@ class CenterHead(nn.Module):
         return {**self.regression, "iou": 1, self.heat_name: self.num_classes}
 
     @property
+    def columns(self) -> int:
+        """Columns of a box."""
+        return 7 + self.regression.get("vel", 0)
+
+    @property
     def branch_modules(self) -> nn.ModuleDict:
         """The branch of each map: a convolution with norm and ReLU, then one to the map."""
         raise NotImplementedError

@@ -200,6 +200,9 @@ class TransFusionHead(nn.Module):
         score_threshold: Boxes of at most this score, before the IoU corrects it, are dropped.
     """
 
+    # Columns of a box.
+    columns = 9
+
     def __init__(
         self,
         in_channels: int,

@@ -4,24 +4,32 @@ from zoo.kernels.agent import AgentBias, agent_attention
 from zoo.kernels.bilevel_routing import Routing, bilevel_attention, bilevel_routing, route_regions
 from zoo.kernels.depthwise_conv import depthwise_conv2d
 from zoo.kernels.factorized import cross_window_pool, factorized_attention
+from zoo.kernels.flat_window import flat_window_attention, flatten_windows
 from zoo.kernels.halo import halo_attention
 from zoo.kernels.rotated_iou import rotated_iou, rotated_iou_3d, rotated_nms, rotated_overlap
 from zoo.kernels.tile_sparse import tile_sparse_attention
+from zoo.kernels.voxelize import Voxels, segment_max, segment_mean, voxelize
 
 __all__ = [
     "AgentBias",
     "Routing",
+    "Voxels",
     "agent_attention",
     "bilevel_attention",
     "bilevel_routing",
     "cross_window_pool",
     "depthwise_conv2d",
     "factorized_attention",
+    "flat_window_attention",
+    "flatten_windows",
     "halo_attention",
     "rotated_iou",
     "rotated_iou_3d",
     "rotated_nms",
     "rotated_overlap",
     "route_regions",
+    "segment_max",
+    "segment_mean",
     "tile_sparse_attention",
+    "voxelize",
 ]

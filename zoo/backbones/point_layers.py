@@ -1,0 +1,151 @@
+"""Layers that point-cloud families share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.kernels.voxelize import Voxels, group_points, make_grid, segment_max, segment_mean
+
+
+class PointLayer(nn.Module):
+    """Linear without bias, batch norm over points, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_channels, out_channels, bias=False, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm1d(out_channels, eps=1e-3, momentum=0.01, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C] -> [N, D]"""
+        return F.relu(self.norm(self.linear(x)))
+
+
+class DynamicVFE(nn.Module):
+    """Features of voxels from all points within: a layer for each entry of `channels`, and a maximum over the points.
+
+    A point enters with its columns, its offset from the mean of its voxel's points, its offset from the voxel's centre
+    and, optionally, its distance. Between layers the maximum of its voxel joins its own features. It runs in float32
+    under autocast, since sums of squares of coordinates leave float16.
+
+    Args:
+        in_channels: Columns of a point, x, y, z in metres first.
+        channels: Widths of the layers; the last is the width of a voxel's features.
+        voxel_size: Metres along x, y, z.
+        point_range: Minimum of x, y, z, then maximum, in metres.
+        clamp: Points outside the range join the border cells; otherwise they are dropped.
+        order: Voxels of a sample are sorted by "zyx" (x fastest) or by "xyz" (z fastest).
+        half_width: All layers but the last have half their width, and with the voxel's maximum the whole.
+        with_distance: Append the distance from the origin.
+        layers_name: Name of the list of layers, "vfe_layers" (FlatFormer) or "pfn_layers" (ScatterFormer).
+
+    Source: PointPillars' encoder in its dynamic form, arXiv:1910.06528, as FlatFormer (arXiv:2301.08739) and
+    ScatterFormer (arXiv:2401.00912) use it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: Sequence[int],
+        voxel_size: Sequence[float],
+        point_range: Sequence[float],
+        *,
+        clamp: bool = True,
+        order: str = "zyx",
+        half_width: bool = False,
+        with_distance: bool = False,
+        layers_name: str = "vfe_layers",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.with_distance = in_channels, channels[-1], with_distance
+        self.grid = make_grid(voxel_size, point_range, clamp, order)
+        self.layers_name = layers_name
+        layers, width = nn.ModuleList(), in_channels + 6 + with_distance
+        for i, out in enumerate(channels):
+            out = out // 2 if half_width and i < len(channels) - 1 else out
+            layers.append(PointLayer(width, out, device, dtype))
+            width = 2 * out
+        self.add_module(layers_name, layers)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers, under whichever name they are stored."""
+        return getattr(self, self.layers_name)
+
+    def _cloud(self, points: Sequence[Tensor]) -> Tensor:
+        """Samples one after another, [N, F]."""
+        for i, cloud in enumerate(points):
+            if cloud.dim() != 2 or cloud.shape[1] != self.in_channels or cloud.dtype != torch.float32:
+                raise ValueError(
+                    f"points must be float32 [N, {self.in_channels}], got {cloud.dtype} {tuple(cloud.shape)} "
+                    f"for sample {i}."
+                )
+        if not points:
+            return self.layers[0].linear.weight.new_zeros(0, self.in_channels, dtype=torch.float32)
+        return points[0] if len(points) == 1 else torch.cat(list(points))
+
+    def _decorate(self, points: Tensor, index: Tensor, voxels: Voxels) -> Tensor:
+        """Columns of a point and its offsets, [N, F + 6 (+ 1)]."""
+        xyz, cells = points[:, :3], voxels.coords.unbind(1)[:0:-1]  # x, y, z
+        centre = [
+            c * size + (size / 2 + low)
+            for c, size, low in zip(cells, self.grid.voxel_size, self.grid.minimum, strict=True)
+        ]
+        mean = segment_mean(xyz, index, len(voxels.coords))
+        places = F.pad(torch.cat([mean, torch.stack(centre, 1)], 1), (0, 0, 0, 1))[index]  # [N, 6]
+        parts = [points, xyz.repeat(1, 2) - places]
+        return torch.cat([*parts, xyz.norm(dim=1, keepdim=True)] if self.with_distance else parts, 1)
+
+    def forward(self, points: Sequence[Tensor], capacity: int | None = None) -> tuple[Tensor, Voxels]:
+        """Voxelise and encode a batch.
+
+        Args:
+            points: One float32 cloud [n, F] a sample; n may be 0. Points with a NaN or infinite column are dropped.
+            capacity: Rows of the result, of which the unused are padding; None for as many as there are voxels, which
+                waits for the device once. Training needs None: batch norm counts every row.
+
+        Returns:
+            Features [V, C] and voxels.
+
+        Raises:
+            ValueError: A cloud has another dtype or number of columns, or there is a capacity in training.
+        """
+        if capacity is not None and self.training:
+            raise ValueError(f"training takes no capacity, got {capacity}: batch norm would count padding.")
+        cloud = self._cloud(points)
+        with torch.autocast(cloud.device.type, enabled=False):
+            voxels, order, index, _ = group_points(cloud, [len(cloud) for cloud in points], self.grid, capacity)
+            V = len(voxels.coords)
+            cloud = cloud[order]
+            if capacity is not None:
+                # Points without a voxel may hold anything.
+                cloud = cloud.where((index < V)[:, None], 0)
+            x = self._decorate(cloud, index, voxels).to(self.layers[0].linear.weight.dtype)
+            largest = None
+            for layer in self.layers:
+                x = layer(x if largest is None else torch.cat([x, F.pad(largest, (0, 0, 0, 1))[index]], 1))
+                largest = segment_max(x, index, V)
+        return largest, voxels
+
+
+def scatter_to_map(features: Tensor, voxels: Voxels) -> Tensor:
+    """Bird's-eye-view map of pillars, channels-last in memory; empty cells are zero, padding is left out.
+
+    Args:
+        features: [V, C].
+        voxels: At most one voxel for each x, y of a sample.
+
+    Returns:
+        [B, C, Y, X].
+    """
+    B, (_, Y, X) = voxels.batch_size, voxels.shape
+    sample, _, y, x = voxels.coords.long().unbind(1)
+    cell = ((sample * Y + y) * X + x).clamp(max=B * Y * X)
+    # The last row takes the padding.
+    rows = features.new_zeros(B * Y * X + 1, features.shape[1]).index_copy_(0, cell, features)
+    return rows[:-1].unflatten(0, (B, Y, X)).permute(0, 3, 1, 2) if B else rows[:-1].view(0, features.shape[1], Y, X)

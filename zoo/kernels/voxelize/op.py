@@ -1,0 +1,146 @@
+"""Public functions of dynamic voxelisation.
+
+Sources: the voxel encoders of FlatFormer (arXiv:2301.08739) and ScatterFormer (arXiv:2401.00912); dynamic voxelisation
+itself is from arXiv:1910.06528.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.voxelize import reference
+from zoo.kernels.voxelize.reference import Grid, Grouping, Voxels
+
+ORDERS = ("zyx", "xyz")
+
+
+def make_grid(voxel_size: Sequence[float], point_range: Sequence[float], clamp: bool, order: str) -> Grid:
+    """Cells of a range.
+
+    Args:
+        voxel_size: Metres along x, y, z.
+        point_range: x, y, z minimum, then maximum, in metres.
+        clamp: Points outside go to the border cells rather than being dropped.
+        order: "zyx" sorts voxels of a sample with x fastest, "xyz" with z fastest.
+
+    Raises:
+        ValueError: Lengths, signs or names do not fit.
+    """
+    if len(voxel_size) != 3 or len(point_range) != 6:
+        raise ValueError(
+            f"voxel_size takes 3 and point_range 6 numbers, got {list(voxel_size)} and {list(point_range)}."
+        )
+    minimum, maximum = tuple(map(float, point_range[:3])), tuple(map(float, point_range[3:]))
+    size = tuple(map(float, voxel_size))
+    if any(s <= 0 for s in size) or any(b <= a for a, b in zip(minimum, maximum, strict=True)):
+        raise ValueError(f"a range must be positive along each axis, got {list(point_range)} in voxels of {size}.")
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
+    cells = tuple(max(1, round((b - a) / s)) for a, b, s in zip(minimum, maximum, size, strict=True))
+    return Grid(size, minimum, cells, clamp, order)
+
+
+def _check_points(points: Tensor, sizes: Sequence[int]) -> None:
+    if points.dim() != 2 or points.shape[1] < 3 or points.dtype != torch.float32:
+        raise ValueError(
+            f"points must be float32 [N, 3 or more] with x, y, z first, got {points.dtype} {tuple(points.shape)}."
+        )
+    if min(sizes, default=0) < 0 or sum(sizes) != len(points):
+        raise ValueError(f"sizes must be the points of each sample, {len(points)} in all, got {list(sizes)}.")
+
+
+def group_points(points: Tensor, sizes: Sequence[int], grid: Grid, capacity: int | None = None) -> Grouping:
+    """Voxels of a batch of point clouds and the points in their order, for reductions without atomics.
+
+    Points with a NaN or infinite column have no voxel. Equal cells keep the order of their points.
+
+    Args:
+        points: float32 [N, F], samples one after another; x, y, z in metres first.
+        sizes: Points of each sample.
+        grid: From `make_grid`.
+        capacity: Rows of the result. Without it there are as many rows as voxels, which waits for the device once;
+            with it, nothing waits, and voxels that find no row are lost with their points.
+
+    Returns:
+        Voxels; then the points that have one, by voxel. With a capacity all N points are there, those without a voxel
+        last, with an index of `capacity`.
+
+    Raises:
+        ValueError: Shapes, dtypes or sizes do not fit.
+    """
+    _check_points(points, sizes)
+    return reference.group_points(points, list(sizes), grid, capacity)
+
+
+def voxelize(
+    points: Tensor,
+    sizes: Sequence[int],
+    voxel_size: Sequence[float],
+    point_range: Sequence[float],
+    clamp: bool = False,
+    order: str = "zyx",
+    capacity: int | None = None,
+) -> tuple[Voxels, Tensor]:
+    """Voxels of a batch of point clouds and the voxel of each point.
+
+    Args:
+        points: float32 [N, F], samples one after another; x, y, z in metres first.
+        sizes: Points of each sample.
+        voxel_size, point_range, clamp, order: As in `make_grid`.
+        capacity: As in `group_points`.
+
+    Returns:
+        The voxels, and int64 [N] rows of them; the number of rows for a point without a voxel (outside the range,
+        NaN or infinite, or beyond the capacity).
+
+    Raises:
+        ValueError: Shapes, dtypes, sizes or names do not fit.
+    """
+    grouped = group_points(points, sizes, make_grid(voxel_size, point_range, clamp, order), capacity)
+    index = grouped.order.new_full((len(points),), len(grouped.voxels.coords))
+    return grouped.voxels, index.scatter_(0, grouped.order, grouped.index)
+
+
+def _check_segments(values: Tensor, index: Tensor) -> None:
+    if values.dim() != 2 or index.dim() != 1 or len(index) != len(values) or index.dtype != torch.int64:
+        raise ValueError(
+            f"values must be [N, C] and index int64 [N], got {tuple(values.shape)} and {index.dtype} "
+            f"{tuple(index.shape)}."
+        )
+
+
+def segment_mean(values: Tensor, index: Tensor, num_segments: int) -> Tensor:
+    """Mean of the rows of each segment.
+
+    Args:
+        values: [N, C], any floating dtype.
+        index: int64 [N], the segment of each row; `num_segments` leaves a row out.
+        num_segments: S.
+
+    Returns:
+        [S, C] in the dtype of `values`; zero for an empty segment. A row's gradient is its segment's over the count.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit.
+    """
+    _check_segments(values, index)
+    return reference.segment_mean(values, index, num_segments)
+
+
+def segment_max(values: Tensor, index: Tensor, num_segments: int) -> Tensor:
+    """Maximum of the rows of each segment by channel.
+
+    Args:
+        values, index, num_segments: As in `segment_mean`.
+
+    Returns:
+        [S, C] in the dtype of `values`; zero for an empty segment. The first of equal rows has the gradient.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit.
+    """
+    _check_segments(values, index)
+    return reference.segment_max(values, index, num_segments)
