@@ -226,7 +226,7 @@ class SimulatedLidarData(PointCloudDataModule):
     def __init__(
         self,
         num_classes: int = 3,
-        point_range: Range = (-50.0, -50.0, -2.0, 50.0, 50.0, 4.0),
+        point_range: Range = (-40.0, -40.0, -2.0, 40.0, 40.0, 4.0),
         train_frames: int = 2000,
         val_frames: int = 100,
         seed: int = 0,

@@ -35,6 +35,8 @@ from zoo.train.lidar.simulator import LidarSimulator
 _TRACED = 16
 # Seed of the validation scenes, whatever the seed of a run.
 _VALIDATION_SEED = 10**6
+# Forked processes would share the parent's CUDA context.
+_START_METHOD = "spawn"
 # Steps whose gradients are not finite, in a row, that end a run.
 _PATIENCE = 50
 
@@ -84,8 +86,7 @@ class _layouts:
 
     def __init__(self, simulator: LidarSimulator, count: int, workers: int) -> None:
         self.simulator, self.count = simulator, count
-        # Forked processes would share the parent's CUDA context.
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(_START_METHOD)
         self.pool = ProcessPoolExecutor(workers, context) if workers else None
 
     def __enter__(self) -> Iterator:
@@ -239,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     extent = max(abs(net.point_range[i]) for i in (0, 1, 3, 4))
     start = time.monotonic()
     held_out = LidarSimulator(_VALIDATION_SEED, extent, device=device)
-    val = simulate(held_out, args.val_frames, net.point_range, args.workers)
+    val = simulate(held_out, args.val_frames, net.point_range, 0)
     pool = simulate(LidarSimulator(args.seed, extent, device=device), args.frames, net.point_range, args.workers)
     print(f"{len(pool)} scenes in {time.monotonic() - start:.0f} s", flush=True)
     training = Training(net, recipe, amp=device.type == "cuda" and not args.fp32)
