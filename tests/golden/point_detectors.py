@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from zoo.convert.scatterformer import convert
 from zoo.heads.bev_ops import ClassNMS, Grid
 from zoo.heads.center_point import CenterHead, FlatFormerCenterHead, ScatterFormerCenterHead
 from zoo.heads.detections import Targets
-from zoo.heads.point_detectors import FlatFormerDetector
+from zoo.heads.point_detectors import FlatFormerDetector, ScatterFormerDetector
 from zoo.heads.transfusion import TransFusionHead
 
 from . import fill, pc_inputs
@@ -285,5 +286,43 @@ def run_flatformer_detector(case: DetectorCase) -> None:
     neck = detector.neck_map(bev)
     case.check("neck", neck)
     check_center(case, detector.head, detector.head(neck))
+    whole = detector(points)
+    assert [len(found.scores) for found in whole] == case.spec["measured"]["num_det"]
+
+
+def run_scatterformer_detector(case: DetectorCase) -> None:
+    config, kwargs = case.kwargs["model"], case.kwargs
+    encoder, backbone, cascade = config["VFE"], config["BACKBONE_3D"], config["BACKBONE_2D"]
+    assert encoder["NUM_FILTERS"] == [64, 64] and cascade["DOWN_STRIDES"] == [1, 2, 2]
+    detector = ScatterFormerDetector(
+        classes=kwargs["class_names"],
+        voxel_size=kwargs["voxel_size"],
+        point_range=kwargs["point_cloud_range"],
+        channels=backbone["FEATURE_DIM"],
+        window=backbone["WIN_SIZE"],
+        cascades=cascade["NUM_LAYERS"],
+        cascade_blocks=cascade["NUM_SBB"],
+        nms_threshold=1.0,
+        iou_power=0.5,
+    )
+    head = dict(kwargs, dense_head=config["DENSE_HEAD"], input_channels=cascade["FEATURE_DIM"])
+    transfusion = config["DENSE_HEAD"]["NAME"] == "TransFusionHead"
+    detector.dense_head = transfusion_head(head) if transfusion else scatterformer_center_head(head)
+    assert sum(p.numel() for p in detector.parameters()) == case.spec["num_params"]
+    detector.load_state_dict(convert(case.weights()))
+    detector.eval()
+    points = case.input("points")
+    features, voxels = detector.vfe_module(points)
+    case.check("voxel_coords", voxels.coords)
+    case.check("voxel_features", features)
+    pillars, cells = detector.backbone_3d.forward_pillars(features, voxels, is_sorted=True)
+    b, _, y, x = cells.coords.long().unbind(1)
+    order = ((b * 10000 + y) * 10000 + x).argsort()
+    case.check("bev_tokens_coords", cells.coords[order])
+    case.check("bev_tokens", pillars[order])
+    neck = detector.neck_map(detector.encode(features, voxels))
+    case.check("neck", neck)
+    check = check_transfusion if transfusion else check_center
+    check(case, detector.head, detector.head(neck))
     whole = detector(points)
     assert [len(found.scores) for found in whole] == case.spec["measured"]["num_det"]

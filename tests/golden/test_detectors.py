@@ -15,6 +15,7 @@ RUNNERS = {
     ("flatformer", "detector"): runners.run_flatformer_detector,
     ("scatterformer", "center"): runners.run_scatterformer_center,
     ("scatterformer", "transfusion"): runners.run_transfusion,
+    ("scatterformer", "detector"): runners.run_scatterformer_detector,
 }
 # Kinds of the families' own test files, test_flatformer.py and test_scatterformer.py, which fail for unknown ones.
 DETECTOR_KINDS = {"head", "detector", "center", "transfusion"}

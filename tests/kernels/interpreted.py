@@ -26,6 +26,12 @@ from zoo.kernels.halo import triton as halo_kernels
 from zoo.kernels.halo.reference import Geometry
 from zoo.kernels.rotated_iou import reference as rotated_reference
 from zoo.kernels.rotated_iou import triton as rotated_kernels
+from zoo.kernels.scatter_linear import reference as scatter_reference
+from zoo.kernels.scatter_linear import triton as scatter_kernels
+from zoo.kernels.sparse_conv import Neighbours, downsample, same_table, sort_sites, triton_depthwise, triton_neighbours
+from zoo.kernels.sparse_conv import reference as conv3d_reference
+from zoo.kernels.sparse_conv import triton as conv3d_kernels
+from zoo.kernels.sparse_conv.sites import build_tiles
 from zoo.kernels.tile_sparse import (
     Diagonal,
     Full,
@@ -38,6 +44,7 @@ from zoo.kernels.tile_sparse import (
 )
 from zoo.kernels.tile_sparse import reference as sparse_reference
 from zoo.kernels.tile_sparse import triton as sparse_kernels
+from zoo.kernels.voxelize import Voxels
 
 # (map, channels, heads, region, topk, key map, key region, mask_padding, distinct) and the designs expected.
 PROBLEMS = {
@@ -428,3 +435,118 @@ def test_flattening_in_int64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flat_reference.Windows, "key_dtype", lambda self: torch.int64)
     order, groups = triton_order.flatten_windows(coords, windows)
     assert torch.equal(order, expected[0]) and torch.equal(groups, expected[1])
+
+
+# (rows of each window, rows behind the last window, heads, channels of a head, permuted, relu)
+SCATTER = {
+    "even": ([64, 32], 0, 2, 16, False, True),
+    "odd": ([3, 0, 70, 1], 5, 1, 12, True, True),
+    # With windows cut at 64 rows: over three pieces, exactly one piece, one row more.
+    "long": ([10, 140, 64, 65, 2], 70, 1, 16, False, True),
+    "long_permuted": ([150, 0, 90], 1, 2, 16, True, False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SCATTER)
+def test_scatter_linear_attention(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scatter_kernels, "LONG", 64)
+    scatter_kernels.config.cache_clear()
+    counts, behind, M, D, permuted, relu = SCATTER[name]
+    rows = sum(counts) + behind
+    torch.manual_seed(0)
+    qkv, grad = torch.randn(rows, 3, M, D).to(dtype), torch.randn(rows, M, D).to(dtype)
+    inputs = qkv.unbind(1) if relu else qkv.abs().unbind(1)
+    offsets, order = torch.tensor([0, *counts]).cumsum(0), torch.randperm(rows) if permuted else None
+    settings = (offsets.int(), order, 1e-6, relu)
+    tolerance = dict(rtol=2e-3, atol=2e-4) if dtype == torch.float16 else dict(rtol=1e-4, atol=1e-5)
+    expected = scatter_reference.scatter_linear(*inputs, *settings)
+    torch.testing.assert_close(scatter_kernels.forward(*inputs, *settings), expected, **tolerance)
+    grads = scatter_reference.scatter_linear_backward(grad, *inputs, *settings)
+    torch.testing.assert_close(scatter_kernels.backward(grad, *inputs, *settings), grads, **tolerance)
+
+
+STRIDED = ((3, 3, 3), (2, 2, 2), (1, 1, 1))
+
+
+def random_voxels(counts: tuple[int, ...], shape: tuple[int, int, int], padding: int) -> Voxels:
+    Z, Y, X = shape
+    rows = [torch.tensor([[len(counts), 0, 0, 0]]).expand(padding, 4)]
+    for b, count in enumerate(counts):
+        cell = torch.randperm(Z * Y * X)[:count]
+        rows.append(torch.stack((cell * 0 + b, cell // (Y * X), cell // X % Y, cell % X), 1))
+    return Voxels(torch.cat(rows).int(), torch.tensor(sum(counts)), len(counts), shape)
+
+
+def neighbours_of(kind: str) -> Neighbours:
+    """Neighbours of 110 sites with the tiles that the kernels need."""
+    torch.manual_seed(0)
+    sites, _ = sort_sites(random_voxels((70, 35), (3, 6, 7), 5), (4, 3))
+    if kind == "same":
+        table = same_table(sites, [(3, 3, 3)])
+        return Neighbours((3, 3, 3), table, build_tiles(table, (3, 3, 3)), table, build_tiles(table, (3, 3, 3)), True)
+    n = downsample(sites, *STRIDED, (2, 2), 50)[1]
+    tiles = (build_tiles(n.table, n.kernel), build_tiles(n.transposed, n.kernel))
+    return n._replace(tiles=tiles[0], transposed_tiles=tiles[1])
+
+
+@pytest.mark.parametrize("window", [None, (4, 3)])
+def test_neighbours(window: tuple | None) -> None:
+    torch.manual_seed(0)
+    sites, _ = sort_sites(random_voxels((80, 0, 90), (3, 9, 11), 4), window)
+    out, neighbours = downsample(sites, *STRIDED, window)
+    cases = [
+        (sites, sites, (3, 3, 3), (1, 1, 1), (1, 1, 1), False),
+        (sites, sites, (1, 5, 1), (1, 1, 1), (0, 2, 0), False),
+        (sites, out, *STRIDED, False),
+        (out, sites, *STRIDED, True),
+    ]
+    for keys, queries, *settings in cases:
+        arguments = (keys.keys, queries.coords, *settings, keys.grid)
+        table = triton_neighbours.neighbour_table(*arguments)
+        assert torch.equal(table, conv3d_reference.neighbour_table(*arguments)) and (table >= 0).any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "cin", "cout", "dtype"),
+    [("same", 16, 24, torch.float32), ("same", 72, 16, torch.float16), ("strided", 5, 40, torch.float32)],
+)
+def test_sparse_convolution(kind: str, cin: int, cout: int, dtype: torch.dtype, monkeypatch) -> None:
+    # Several partial sums of the weight gradient.
+    monkeypatch.setattr(conv3d_kernels, "PROGRAMS", 60)
+    kernel, table, tiles, transposed, transposed_tiles, mirror = neighbours_of(kind)
+    x = torch.randn(110, cin + 3)[:, 3:].to(dtype)
+    weight, bias = (torch.randn(cout, 27, cin) / 8).to(dtype), torch.randn(cout).to(dtype)
+    grad = torch.randn(table.shape[1], cout).to(dtype)
+    out = conv3d_kernels.convolve(x, weight, bias, table, tiles, False, False)
+    dx, dweight, _ = conv3d_kernels.backward(grad, x, weight, table, tiles, transposed, transposed_tiles, mirror)
+    exact = [y.double() for y in (grad, x, weight, bias)]
+    expected = conv3d_reference.sparse_conv(*exact[1:], table)
+    gradients = conv3d_reference.sparse_conv_backward(*exact[:3], table)
+    tolerance = dict(rtol=1e-2, atol=1e-2) if dtype == torch.float16 else dict(rtol=1e-4, atol=1e-4)
+    for actual, wanted in zip((out, dx, dweight), (expected, *gradients), strict=True):
+        torch.testing.assert_close(actual.double(), wanted, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("D", "groups", "residual", "dtype"), [(8, 4, True, torch.float32), (6, 2, False, torch.float16)]
+)
+def test_sparse_depthwise_convolution(
+    D: int, groups: int, residual: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_depthwise, "PROGRAMS", 100)
+    torch.manual_seed(0)
+    kernels = [(3, 3, 3), (1, 1, 5), (1, 5, 1)][: max(2, groups - 1)]
+    sites, _ = sort_sites(random_voxels((400, 350), (3, 15, 20), 5), (4, 3))
+    table, taps = same_table(sites, kernels), [27, 5, 5][: len(kernels)]
+    x, grad = torch.randn(2, 755, groups * D).to(dtype).unbind(0)
+    weight = torch.randn(sum(taps), D).to(dtype)
+    exact = [y.double() for y in (x, weight, grad)]
+    tolerance = dict(rtol=1e-2, atol=1e-2) if dtype == torch.float16 else dict(rtol=1e-4, atol=1e-4)
+    for mirror in (False, True):
+        out = triton_depthwise.convolve(x, weight, table, taps, residual, mirror)
+        expected = conv3d_reference.sparse_depthwise_conv(*exact[:2], table, taps, residual, mirror)
+        torch.testing.assert_close(out.double(), expected, **tolerance)
+    dweight = triton_depthwise.weight_gradient(grad, x, table, taps, D)
+    expected = conv3d_reference.sparse_depthwise_weight_gradient(exact[2], exact[0], table, taps, D)
+    torch.testing.assert_close(dweight.double(), expected, **tolerance)

@@ -29,6 +29,10 @@ from zoo.kernels.flat_window.reference import Windows
 from zoo.kernels.halo import triton as halo
 from zoo.kernels.halo.reference import Geometry, query_size
 from zoo.kernels.rotated_iou import triton as rotated
+from zoo.kernels.scatter_linear import triton as scatter_linear
+from zoo.kernels.sparse_conv import triton as sparse_conv
+from zoo.kernels.sparse_conv import triton_depthwise, triton_neighbours
+from zoo.kernels.sparse_conv.reference import SiteGrid
 from zoo.kernels.tile_sparse import Diagonal, Layout, pattern_table, triton_descriptors
 from zoo.kernels.tile_sparse import triton as tile_sparse
 
@@ -96,6 +100,14 @@ SPARSE = {
     "exact": (Layout((3, 45, 80), 256, "last", granularity="element"), 128, torch.bfloat16),
     "float32": (Layout((3, 45, 80)), 128, torch.float32),
     "small": (Layout((3, 5, 7), 9, "first", (16, 16)), 24, torch.bfloat16),
+}
+# Scattered linear attention of ScatterFormer: (channels of a head, dtype, permuted).
+SCATTER = {"float16": (32, torch.float16, True), "float32": (32, torch.float32, False)}
+# Sparse convolutions of ScatterFormer: (taps, input and output channels, dtype, whether a kernel is its own transpose).
+SPARSE_CONV = {
+    "first": (27, 64, 128, torch.float16, True),
+    "strided": (27, 128, 128, torch.bfloat16, False),
+    "float32": (3, 128, 128, torch.float32, False),
 }
 # Stack bytes that are known. Configurations were chosen by their time on an H100, where those that spill were the
 # fastest of the ones tried (the dense gradients hold two wide tiles in registers). Not every spill-free one was timed.
@@ -242,6 +254,34 @@ def launch_tile_sparse(name: str) -> None:
     tile_sparse.backward(out, q, q, q, out, lse, *settings)
 
 
+def launch_scatter_linear(name: str) -> None:
+    D, dtype, permuted = SCATTER[name]
+    q, k, v = torch.empty(24645, 3, 4, D, dtype=dtype).unbind(1)
+    settings = (torch.zeros(401, dtype=torch.int32), torch.arange(24645) if permuted else None, 1e-6, True)
+    out = scatter_linear.forward(q, k, v, *settings)
+    scatter_linear.backward(out, q, k, v, *settings)
+
+
+def launch_sparse_conv(name: str) -> None:
+    K, cin, cout, dtype, mirror = SPARSE_CONV[name]
+    N, table, tiles = 21823, torch.empty(K, 21823, dtype=torch.int32), torch.empty(341, 1 + K + 64, dtype=torch.int32)
+    x, weight, bias = (torch.empty(size, dtype=dtype) for size in ((N, cin), (cout, K, cin), (cout,)))
+    out = sparse_conv.convolve(x, weight, bias, table, tiles, False, False)
+    sparse_conv.backward(out, x, weight, table, tiles, table, tiles, mirror)
+
+
+def launch_sparse_depthwise() -> None:
+    x, table = torch.empty(24645, 128, dtype=torch.bfloat16), torch.empty(53, 24645, dtype=torch.int32)
+    weight, taps = torch.empty(53, 32, dtype=torch.bfloat16), [27, 13, 13]
+    triton_depthwise.convolve(x, weight, table, taps, True, False)
+    triton_depthwise.convolve(x, weight, table, taps, True, True)
+    triton_depthwise.weight_gradient(x, x, table, taps, 32)
+    keys, coords = torch.empty(24645, dtype=torch.int64), torch.empty(24645, 4, dtype=torch.int32)
+    grid = SiteGrid(1, (16, 480, 480), (12, 12))
+    triton_neighbours.neighbour_table(keys, coords, (3, 3, 3), (1, 1, 1), (1, 1, 1), False, grid)
+    triton_neighbours.neighbour_table(keys, coords, (3, 3, 3), (2, 2, 2), (1, 1, 1), True, grid)
+
+
 def check(launches: list, arch: int, folder: Path) -> None:
     assert launches
     for kernel, args, kwargs in launches:
@@ -308,6 +348,26 @@ def test_flat_window_compiles(name: str, arch: int, launches: list, tmp_path: Pa
 @pytest.mark.parametrize("name", SPARSE)
 def test_tile_sparse_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
     launch_tile_sparse(name)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", SCATTER)
+def test_scatter_linear_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_scatter_linear(name)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", SPARSE_CONV)
+def test_sparse_conv_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_sparse_conv(name)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sparse_depthwise_and_neighbours_compile(arch: int, launches: list, tmp_path: Path) -> None:
+    launch_sparse_depthwise()
     check(launches, arch, tmp_path)
 
 

@@ -273,9 +273,10 @@ class TransFusionHead(nn.Module):
 
     def boxes(self, rows: Tensor) -> Tensor:
         """Boxes [..., 9] of regression rows [..., 10]."""
-        origin, cell = (rows.new_tensor(x) for x in self.grid)
+        (x0, y0), (cx, cy) = self.grid
+        x, y = rows[..., 0:1] * cx + x0, rows[..., 1:2] * cy + y0
         yaw = torch.atan2(rows[..., 6:7], rows[..., 7:8])
-        return torch.cat([rows[..., :2] * cell + origin, rows[..., 2:3], rows[..., 3:6].exp(), yaw, rows[..., 8:]], -1)
+        return torch.cat([x, y, rows[..., 2:3], rows[..., 3:6].exp(), yaw, rows[..., 8:]], -1)
 
     def _encode(self, boxes: Tensor) -> Tensor:
         origin, cell = (boxes.new_tensor(x) for x in self.grid)

@@ -7,6 +7,7 @@ from zoo.kernels.factorized import cross_window_pool, factorized_attention
 from zoo.kernels.flat_window import flat_window_attention, flatten_windows
 from zoo.kernels.halo import halo_attention
 from zoo.kernels.rotated_iou import rotated_iou, rotated_iou_3d, rotated_nms, rotated_overlap
+from zoo.kernels.scatter_linear import scatter_linear_attention
 from zoo.kernels.tile_sparse import tile_sparse_attention
 from zoo.kernels.voxelize import Voxels, segment_max, segment_mean, voxelize
 
@@ -28,6 +29,7 @@ __all__ = [
     "rotated_nms",
     "rotated_overlap",
     "route_regions",
+    "scatter_linear_attention",
     "segment_max",
     "segment_mean",
     "tile_sparse_attention",

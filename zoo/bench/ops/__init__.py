@@ -6,6 +6,7 @@ from zoo.bench.ops.bilevel_routing import BilevelAttention, BilevelRouting
 from zoo.bench.ops.depthwise_conv import DepthwiseConv
 from zoo.bench.ops.factorized import CrossWindowPool, FactorizedAttention
 from zoo.bench.ops.halo import HaloAttention, HaloLayer
+from zoo.bench.ops.scatter_linear import ScatterLinear
 from zoo.bench.ops.tile_sparse import TileSparseAttention
 
 __all__ = ["OPS", "Inputs", "Op", "Provider", "element_size", "input_bytes", "upcast"]
@@ -19,5 +20,6 @@ OPS: dict[str, Op] = {
     "factorized_attention": FactorizedAttention(),
     "halo_attention": HaloAttention(),
     "halo_layer": HaloLayer(),
+    "scatter_linear": ScatterLinear(),
     "tile_sparse_attention": TileSparseAttention(),
 }

@@ -1,0 +1,220 @@
+"""Fast inference of detectors in point clouds.
+
+    runtime = detector.accelerate()
+    boxes, scores, labels = runtime([points])[0]
+
+Weights are copied once: batch norms are folded into convolutions, the branches of a CenterPoint head become two
+convolutions, and on a GPU everything after the encoder of voxels runs in half precision and channels-last memory.
+Voxels are padded to a capacity, so that on a GPU all from the voxels to the suppressed boxes is one CUDA graph for each
+capacity and number of samples. The host waits once a batch, for the number of boxes; it learns then too whether the
+capacity was too small, and repeats the batch with a larger one if so.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from zoo.heads.bev_ops import BatchDetections
+from zoo.heads.center_point import CenterHead
+from zoo.heads.detections import Detections
+from zoo.heads.point_base import PointDetector, drop_empty
+from zoo.kernels.voxelize import Voxels
+
+# Capacities are multiples of this, and at first this much above the number of voxels.
+ROWS, MARGIN = 2048, 1.2
+# A capacity that exceeds the voxels so many times is given up.
+WASTE = 3
+# Tensor cores take channels by eights.
+CHANNELS = 8
+WARM_UP = 3
+
+
+def fold_norms(model: nn.Module) -> nn.Module:
+    """Fold batch norms that directly follow a convolution into it, in place.
+
+    Found are pairs of neighbours in a `Sequential`, and `conv` with `bn` or `conv1` with `bn1` of any other module.
+    """
+    for parent in model.modules():
+        names = list(dict(parent.named_children()))
+        if isinstance(parent, nn.Sequential):
+            pairs = list(zip(names, names[1:], strict=False))
+        else:
+            pairs = [(name, name.replace("conv", "bn")) for name in names if name.startswith("conv")]
+        for first, second in pairs:
+            conv, norm = getattr(parent, first), getattr(parent, second, None)
+            if isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(norm, nn.BatchNorm2d):
+                transposed = isinstance(conv, nn.ConvTranspose2d)
+                setattr(parent, first, fuse_conv_bn_eval(conv, norm, transpose=transposed))
+                setattr(parent, second, nn.Identity())
+    return model
+
+
+class JointBranches(nn.Module):
+    """The maps of a CenterPoint head by two convolutions: all hidden layers side by side, then all maps.
+
+    The second convolution is block-diagonal, mostly zeros, and faster than many narrow ones nonetheless.
+
+    Args:
+        head: A head in evaluation mode with its norms folded.
+    """
+
+    def __init__(self, head: CenterHead) -> None:
+        super().__init__()
+        branches = head.branch_modules
+        first = [next(m for m in branch[0].modules() if isinstance(m, nn.Conv2d)) for branch in branches.values()]
+        last = [branch[1] for branch in branches.values()]
+        self.shared_conv = head.shared_conv
+        self.sizes = {name: conv.out_channels for name, conv in zip(branches, last, strict=True)}
+        self.register_buffer("hidden_weight", torch.cat([conv.weight.detach() for conv in first]))
+        self.register_buffer("hidden_bias", torch.cat([conv.bias.detach() for conv in first]))
+        hidden, out = len(self.hidden_bias), sum(self.sizes.values())
+        weight = last[0].weight.new_zeros(-(-out // CHANNELS) * CHANNELS, hidden, *last[0].kernel_size)
+        bias, row, column = weight.new_zeros(len(weight)), 0, 0
+        for conv in last:
+            rows, columns = conv.weight.shape[:2]
+            weight[row : row + rows, column : column + columns] = conv.weight.detach()
+            bias[row : row + rows] = conv.bias.detach()
+            row, column = row + rows, column + columns
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """[B, C, H, W] -> raw maps by name, as `CenterHead.forward`."""
+        x = F.relu_(F.conv2d(self.shared_conv(x), self.hidden_weight, self.hidden_bias, padding=1))
+        maps = F.conv2d(x, self.weight, self.bias, padding=1)
+        parts = maps[:, : sum(self.sizes.values())].split(list(self.sizes.values()), 1)
+        return dict(zip(self.sizes, parts, strict=True))
+
+
+class _Graph:
+    """A function of voxels, captured in a CUDA graph for the shapes of its first arguments.
+
+    Graphs of one memory pool overwrite each other's results.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Voxels], tuple], features: Tensor, voxels: Voxels, pool) -> None:
+        self.features, self.coords, self.num = features.clone(), voxels.coords.clone(), voxels.num.clone()
+        inputs = self.features, voxels._replace(coords=self.coords, num=self.num)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    function(*inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=pool):
+                self.result = function(*inputs)
+
+    def __call__(self, features: Tensor, voxels: Voxels) -> tuple:
+        self.features.copy_(features)
+        self.coords.copy_(voxels.coords)
+        self.num.copy_(voxels.num)
+        self.graph.replay()
+        return self.result
+
+
+class PointRuntime:
+    """A detector made ready for inference; it does not follow later changes of the detector's weights.
+
+    Args:
+        detector: A detector of `zoo.heads.point_detectors`, on the device where it is to run.
+        dtype: Of all after the encoder of voxels; float16 on a GPU and float32 on a CPU by default.
+        compile: Run the convolutions through `torch.compile`: about a minute for each number of samples, then fewer
+            passes over the maps.
+        max_graphs: CUDA graphs that are kept.
+    """
+
+    def __init__(
+        self, detector: PointDetector, dtype: torch.dtype | None = None, compile: bool = False, max_graphs: int = 8
+    ) -> None:
+        self.device = next(detector.parameters()).device
+        self.on_gpu = self.device.type == "cuda"
+        self.dtype = dtype or (torch.float16 if self.on_gpu else torch.float32)
+        self.max_graphs = max_graphs
+        with torch.no_grad():
+            self.detector = self._prepare(detector)
+        self._maps = torch.compile(self._dense, dynamic=False) if compile else self._dense
+        self._pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._capacity: dict[int, int] = {}
+
+    def _prepare(self, detector: PointDetector) -> PointDetector:
+        detector = copy.deepcopy(detector).eval().requires_grad_(False)
+        encoder = detector.vfe_module
+        fold_norms(detector)
+        self._head = JointBranches(detector.head) if isinstance(detector.head, CenterHead) else detector.head
+        layout = torch.channels_last if self.on_gpu else torch.contiguous_format
+        for module in [*detector.children(), self._head]:
+            if module is not encoder:
+                module.to(self.dtype)
+                _set_layout(module, layout)
+        return detector
+
+    def _dense(self, x: Tensor) -> dict[str, Tensor]:
+        return self._head(self.detector.neck_map(x))
+
+    def _detect(self, features: Tensor, voxels: Voxels) -> tuple[BatchDetections, Tensor]:
+        """Boxes of encoded voxels, and the numbers that the host waits for: boxes of each sample, then voxels."""
+        maps = self._maps(self.detector.encode(features, voxels))
+        found = drop_empty(self.detector.head.decode(maps), voxels)
+        return found, torch.cat([found.count.long(), voxels.num.long().view(1)])
+
+    def _run(self, features: Tensor, voxels: Voxels) -> tuple[BatchDetections, Tensor]:
+        if not self.on_gpu:
+            return self._detect(features, voxels)
+        key = voxels.batch_size, len(voxels.coords)
+        # The graph used last is the last one.
+        graph = self._graphs.pop(key, None) or _Graph(self._detect, features, voxels, self._pool)
+        self._graphs[key] = graph
+        if len(self._graphs) > self.max_graphs:
+            self._graphs.pop(next(iter(self._graphs)))
+        return graph(features, voxels)
+
+    @torch.no_grad()
+    def __call__(self, points: Sequence[Tensor]) -> list[Detections]:
+        """Detect objects; arguments, results and errors are those of `PointDetector.forward`."""
+        clouds = self.detector.check(points)
+        samples = len(clouds)
+        if samples == 0:
+            return []
+        capacity = self._capacity.get(samples) or self._first_capacity(clouds)
+        while True:
+            features, voxels = self.detector.vfe_module(clouds, capacity)
+            found, numbers = self._run(features.to(self.dtype), voxels)
+            *counts, voxel_count = numbers.tolist()
+            # A full capacity may have lost voxels.
+            full = voxel_count >= capacity
+            if full or voxel_count * WASTE * MARGIN < capacity - ROWS:
+                self._capacity[samples] = _bucket(2 * capacity / MARGIN if full else voxel_count)
+            if not full:
+                break
+            capacity = self._capacity[samples]
+        # The memory of a graph is written again by the next batch.
+        return [
+            Detections(*(x[:n].clone() for x in parts))
+            for *parts, n in zip(found.boxes, found.scores, found.labels, counts, strict=True)
+        ]
+
+    def _first_capacity(self, clouds: list[Tensor]) -> int:
+        _, voxels = self.detector.vfe_module(clouds)
+        return self._capacity.setdefault(len(clouds), _bucket(len(voxels.coords)))
+
+
+def _bucket(voxels: float) -> int:
+    """Capacity for about so many voxels."""
+    return (int(voxels * MARGIN) // ROWS + 1) * ROWS
+
+
+def _set_layout(module: nn.Module, layout: torch.memory_format) -> None:
+    """Memory format of the weights of two-dimensional convolutions alone."""
+    for part in module.modules():
+        for tensor in [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
+            if tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=layout)

@@ -1,0 +1,159 @@
+"""Sparse convolution in plain PyTorch: the definition, the CPU path and the test oracle.
+
+A table of neighbours [K, N] names, for each of K taps and N output sites, the row of the input site that the tap meets,
+or -1. Taps of a kernel [KZ, KY, KX] are numbered with the last axis fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SiteGrid(NamedTuple):
+    """Cells of a batch, numbered window by window.
+
+    The map is cut to windows of `window` = (rows, columns) cells, over all heights, numbered sample by sample and row
+    by row. Within a window z runs fastest, then y, then x. A window as large as the map gives the order x, y, z.
+    """
+
+    batch_size: int
+    shape: tuple[int, int, int]  # cells along z, y, x
+    window: tuple[int, int]  # along y, x
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        """Rows and columns of windows of a sample."""
+        return -(-self.shape[1] // self.window[0]), -(-self.shape[2] // self.window[1])
+
+    @property
+    def volume(self) -> int:
+        """Cells of a window."""
+        return self.shape[0] * self.window[0] * self.window[1]
+
+    @property
+    def count(self) -> int:
+        """Windows of the batch."""
+        return self.batch_size * self.windows[0] * self.windows[1]
+
+    @property
+    def end(self) -> int:
+        """The number of padding, one beyond the last cell."""
+        return self.count * self.volume
+
+    def parts(self, b: Tensor, z: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Summands of the numbers of cells, int64: one for each coordinate."""
+        (rows, cols), (TY, TX) = self.windows, self.window
+        b, z, y, x = (c.long() for c in (b, z, y, x))
+        return (
+            b * (rows * cols * self.volume),
+            z,
+            y // TY * (cols * self.volume) + y % TY * self.shape[0],
+            x // TX * self.volume + x % TX * (TY * self.shape[0]),
+        )
+
+    def encode(self, coords: Tensor) -> Tensor:
+        """Numbers of cells [..., 4] = (sample, z, y, x), int64; those of sample `batch_size` are padding."""
+        return sum(self.parts(*coords.unbind(-1))).clamp(max=self.end)
+
+    def decode(self, keys: Tensor) -> Tensor:
+        """Cells of numbers, int32 [N, 4]; padding has sample `batch_size`."""
+        (rows, cols), (TY, TX), Z = self.windows, self.window, self.shape[0]
+        window, cell = keys // self.volume, keys % self.volume
+        y = window // cols % rows * TY + cell // Z % TY
+        x = window % cols * TX + cell // (Z * TY)
+        return torch.stack((window // (rows * cols), cell % Z, y, x), 1).int()
+
+
+def neighbour_table(
+    keys: Tensor,
+    coords: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    transposed: bool,
+    grid: SiteGrid,
+) -> Tensor:
+    """int32 [K, N] row of `keys` that tap k of site n meets, or -1.
+
+    Tap k of an output site o meets the input cell o * stride - padding + k; `transposed` asks for the output cell
+    (i + padding - k) / stride whose tap k meets input cell i.
+    """
+    device = coords.device
+    b, query, valid = coords[:, 0], [], coords[:, 0] < grid.batch_size  # [N]
+    for axis in range(3):
+        tap = torch.arange(kernel[axis], device=device)[:, None]
+        cell = coords[:, axis + 1].long()
+        if transposed:
+            cell = cell + padding[axis] - tap
+            inside, cell = cell % stride[axis] == 0, cell.div(stride[axis], rounding_mode="floor")
+        else:
+            cell = cell * stride[axis] - padding[axis] + tap
+            inside = torch.ones_like(cell, dtype=torch.bool)
+        inside = inside & (cell >= 0) & (cell < grid.shape[axis])
+        shape = [1, 1, 1, len(coords)]
+        shape[axis] = kernel[axis]
+        query.append(cell.clamp(min=0).view(shape))
+        valid = valid & inside.view(shape)
+    key = sum(grid.parts(b, *query)).where(valid, -1).flatten(0, 2)  # [K, N]
+    if len(keys) == 0:
+        return key.new_full(key.shape, -1, dtype=torch.int32)
+    row = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
+    return row.where(keys[row] == key, -1).int()
+
+
+def _with_zero(x: Tensor) -> Tensor:
+    """A row of zeros behind the last one, which the index -1 takes."""
+    return torch.cat((x, x.new_zeros(1, x.shape[1])))
+
+
+def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor) -> Tensor:
+    """out[n] = bias + sum over taps k of weight[:, k] x[table[k, n]]; weight is [Cout, K, Cin]."""
+    padded = _with_zero(x)
+    out = x.new_zeros(table.shape[1], weight.shape[0])
+    for rows, w in zip(table.long().unbind(0), weight.unbind(1), strict=True):
+        out = out + padded[rows] @ w.t()
+    return out if bias is None else out + bias
+
+
+def sparse_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `sparse_conv` with respect to x and weight, written out."""
+    dx = torch.zeros_like(_with_zero(x))
+    padded, dweight = _with_zero(x), []
+    for rows, w in zip(table.long().unbind(0), weight.unbind(1), strict=True):
+        rows = rows.where(rows >= 0, len(x))
+        dx = dx.index_add(0, rows, grad @ w)
+        dweight.append(grad.t() @ padded[rows])
+    return dx[:-1], torch.stack(dweight, 1)
+
+
+def sparse_depthwise_conv(
+    x: Tensor, weight: Tensor, table: Tensor, taps: Sequence[int], residual: bool, mirror: bool = False
+) -> Tensor:
+    """Depth-wise convolutions of groups of channels, each with its own kernel; see `op.sparse_depthwise_conv`."""
+    D = weight.shape[1]
+    groups, out = _with_zero(x).split(D, 1), []
+    weights, tables = weight.split(list(taps)), table.long().split(list(taps))
+    for g, group in enumerate(groups):
+        if g >= len(taps):
+            out.append(group[:-1])
+            continue
+        w = weights[g].flip(0) if mirror else weights[g]
+        total = torch.zeros_like(group[:-1])
+        for rows, factor in zip(tables[g].unbind(0), w.unbind(0), strict=True):
+            total = total + group[rows] * factor
+        out.append(total)
+    out = torch.cat(out, 1)
+    return out + x if residual else out
+
+
+def sparse_depthwise_weight_gradient(grad: Tensor, x: Tensor, table: Tensor, taps: Sequence[int], D: int) -> Tensor:
+    """[T, D] sum over sites of the gradient times the neighbour."""
+    padded, out = _with_zero(x), []
+    for g, tables in enumerate(table.long().split(list(taps))):
+        channels = slice(g * D, (g + 1) * D)
+        out += [(grad[:, channels] * padded[rows, channels]).sum(0) for rows in tables.unbind(0)]
+    return torch.stack(out)
