@@ -128,12 +128,17 @@ def test_columns_of_the_model(points, tmp_path) -> None:
         points=points[:, [0, 1, 2, 3, 3]] * (1, 1, 1, 400, 1),
         columns=["x", "y", "z", "intensity", "time"],
     )
-    columns = model_columns(read_points(tmp_path / "a.npz"), 5)
+    waymo, nuscenes = (("x", "y", "z", "intensity", name) for name in ("elongation", "time"))
+    cloud = read_points(tmp_path / "a.npz")
+    columns = model_columns(cloud, waymo)
     np.testing.assert_allclose(columns[:, 3], np.tanh(100 / 255), rtol=1e-6)
     assert (columns[:, 4] == 0).all()
     np.testing.assert_array_equal(columns[:, :3], points[:, :3])
+    np.testing.assert_allclose(model_columns(cloud, nuscenes)[:, 3], 100, rtol=1e-6)
+    np.save(tmp_path / "c.npy", points)
+    np.testing.assert_allclose(model_columns(read_points(tmp_path / "c.npy"), nuscenes)[:, 3], 0.25 * 255)
     np.savez(tmp_path / "b.npz", points=points[:, :3])
-    assert (model_columns(read_points(tmp_path / "b.npz"), 5)[:, 3:] == 0).all()
+    assert (model_columns(read_points(tmp_path / "b.npz"), waymo)[:, 3:] == 0).all()
 
 
 def test_ground_level() -> None:
@@ -226,6 +231,9 @@ def test_predict(detector, tmp_path, capsys) -> None:
     assert box["label"] == "car" and box["score"] == 0.9 and box["yaw"] == 0.3
     assert box["z"] == pytest.approx(frame[:, 2].max() - 1.8, abs=1e-3)
     assert Image.open(record["picture"]).size[0] > 100
+    detector.point_features = ("x", "y", "z", "intensity", "time")
+    run(capsys, "predict", tmp_path / "frame.bin", "--model", "tiny", "--out", out)
+    assert float(detector.points[:, 2].median()) == pytest.approx(-1.84, abs=0.3)
     # Folders work, lower scores on request, and the table counts.
     code, text, _ = run(capsys, "predict", tmp_path, "--model", "tiny", "--out", out, "--score", "0.1")
     assert code == 0 and "pedestrian" in text

@@ -7,6 +7,8 @@ from pathlib import Path
 
 # File kinds of `zoo.train.lidar.formats`, here without its imports.
 SUFFIXES = (".bin", ".npz", ".npy", ".pcd")
+# Height of the ground below nuScenes' sensor, metres.
+_NUSCENES_GROUND = -1.84
 
 
 def run(paths: list[Path], failures: list[str], args: argparse.Namespace) -> int:
@@ -78,16 +80,18 @@ class Detector:
 
         from zoo.train.lidar.formats import ground_level, model_columns
 
-        points = model_columns(cloud, len(self.model.point_features))
+        points = model_columns(cloud, self.model.point_features)
         ground = ground_level(points)
-        points[:, 2] -= ground
+        # Models of nuScenes see the world from the sensor, the others from the ground.
+        shift = ground - (_NUSCENES_GROUND if "time" in self.model.point_features else 0.0)
+        points[:, 2] -= shift
         with torch.inference_mode():
             found = self.model([torch.from_numpy(points).to(self.device)])[0]
         order = found.scores.argsort(descending=True, stable=True)
         boxes = []
         for i in order[: int((found.scores >= least_score).sum())].tolist():
             values = [round(float(v), 4) for v in found.boxes[i]]
-            values[2] = round(values[2] + ground, 4)
+            values[2] = round(values[2] + shift, 4)
             named = dict(zip(("x", "y", "z", "dx", "dy", "dz", "yaw", "vx", "vy"), values, strict=False))
             label = self.classes[int(found.labels[i])]
             boxes.append({"label": label, "score": round(float(found.scores[i]), 4), **named})

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.heads.detections import Targets
+from zoo.heads.point_detectors import merge_sweeps
 from zoo.train.lidar.augment import LidarAugmentation, augment
 from zoo.train.lidar.database import ObjectDatabase
 from zoo.train.lidar.frames import Frame, crop_frame
+from zoo.train.lidar.geometry import points_in_boxes
 from zoo.train.lidar.scenes import CLASSES
 from zoo.train.lidar.simulator import LidarSimulator, SpinningSensor
 from zoo.train.seeding import ResumableLoader, SeededSampler, mix_seed, run_seed
@@ -269,7 +271,7 @@ class FrameFolderData(PointCloudDataModule):
         point_range: As in the base.
         min_points: Boxes with fewer points are left out.
         sweeps: Frames of a drive whose points are put together: the frame itself and those before it, moved to its
-            pose, without points closer than 5 m; the last column becomes 0, -1, -2 ... by age.
+            pose (`zoo.heads.point_detectors.merge_sweeps`); the last column becomes 0, -1, -2 ... by age.
         every: Trains on every so many frames (5 for the "20 %" results of Waymo).
         **kwargs: Arguments of ``PointCloudDataModule``.
     """
@@ -332,26 +334,19 @@ class FolderFrames(Sequence):
         frame = drop_sparse(frame, self.min_points)
         if self.sweeps == 1:
             return frame
-        return frame._replace(points=torch.from_numpy(self._add_past(points, pose, drive, position)))
+        return frame._replace(points=self._with_past(frame.points, pose, drive, position))
 
-    def _add_past(self, points: np.ndarray, pose: np.ndarray, drive: int, position: int) -> np.ndarray:
-        points[:, -1] = 0
-        parts = [points]
+    def _with_past(self, points: Tensor, pose: np.ndarray, drive: int, position: int) -> Tensor:
+        clouds, poses = [points], [pose]
         for age in range(1, min(self.sweeps, position + 1)):
             with np.load(self.drives[drive][position - age], allow_pickle=False) as file:
-                past, past_pose = file["points"].astype(np.float32), file["pose"]
-            past = past[np.hypot(past[:, 0], past[:, 1]) > 5]
-            motion = np.linalg.inv(pose) @ past_pose
-            past[:, :3] = past[:, :3] @ motion[:3, :3].T + motion[:3, 3]
-            past[:, -1] = -age
-            parts.append(past)
-        return np.concatenate(parts)
+                clouds.append(torch.from_numpy(file["points"].astype(np.float32)))
+                poses.append(file["pose"])
+        return merge_sweeps(clouds, [torch.from_numpy(np.asarray(p, np.float64)) for p in poses])
 
 
 def drop_sparse(frame: Frame, min_points: int) -> Frame:
     """Leave out boxes with fewer points inside."""
-    from zoo.train.lidar.geometry import points_in_boxes
-
     if min_points < 1 or not len(frame.boxes):
         return frame
     kept = points_in_boxes(frame.points, frame.boxes).sum(0) >= min_points

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -208,22 +209,25 @@ def ground_level(points: np.ndarray) -> float:
     return float(np.median(z[np.abs(bins - middle) <= 1]))
 
 
-def model_columns(cloud: PointCloud, features: int = 5) -> np.ndarray:
-    """Arrange points as the detectors take them: x, y, z, tanh of intensity in 0..1, zeros.
+def model_columns(cloud: PointCloud, features: Sequence[str]) -> np.ndarray:
+    """Arrange points as a detector takes them.
 
-    Intensity of 0..255 is divided by 255. Rings, times and other columns are left out.
+    Detectors made for Waymo take tanh of an intensity in 0..1, those made for nuScenes (with a column `time`) an
+    intensity in 0..255; the file's is scaled. Elongation and time, 0 for the newest scan, are zeros.
 
     Args:
         cloud: As read.
-        features: Columns of the result, at least 4.
+        features: Columns of the detector, `x, y, z, intensity` first.
 
     Returns:
-        [n, features] float32.
+        [n, len(features)] float32.
     """
-    out = np.zeros((len(cloud.points), features), np.float32)
+    out = np.zeros((len(cloud.points), len(features)), np.float32)
     out[:, :3] = cloud.points[:, :3]
     if "intensity" in cloud.columns:
         intensity = cloud.points[:, cloud.columns.index("intensity")]
         finite = intensity[np.isfinite(intensity)]
-        out[:, 3] = np.tanh(intensity / 255 if len(finite) and finite.max() > 1.5 else intensity)
+        if len(finite) and finite.max() > 1.5:
+            intensity = intensity / 255
+        out[:, 3] = intensity * 255 if "time" in features else np.tanh(intensity)
     return out
