@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from tiny_detector import TinyDetector
 
 import zoo
+from zoo.cli import main
 from zoo.train import detection
 from zoo.train.detection import PointCloudDetector, parameter_groups
 from zoo.train.lidar import resident
@@ -216,13 +218,32 @@ def test_training_ends_in_time_or_by_an_interrupt(pool) -> None:
     assert training.steps == steps + 2 and "the average so far is kept" in lines[-1]
 
 
+# FlatFormer at a size for tests.
+SMALL = dict(
+    voxel_size=(0.5, 0.5, 6.0), point_range=RANGE, channels=16, num_heads=2, num_blocks=1, group_size=16,
+    map_channels=(8, 8), map_layers=(1, 1), neck_channels=8, head_channels=8,
+)  # fmt: skip
+
+
+def test_export_of_a_real_detector(tmp_path, capsys) -> None:
+    module = PointCloudDetector("flatformer_nano", 3, model_kwargs=SMALL)
+    trainer, losses = fit(module, epochs=1)
+    assert np.isfinite(losses.values).all()
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert main(["export", str(tmp_path / "a.ckpt"), "--out", str(tmp_path / "model")]) == 0
+    assert "wrote" in capsys.readouterr().out
+    model = zoo.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    for name, value in module.net.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert "val/bev/map" in config["metrics"] and "train/loss" not in config["metrics"]
+
+
 def test_resident_run_of_a_real_detector(tmp_path, capsys, monkeypatch) -> None:
     """A run ended by a signal writes a folder that loads, and measures it."""
-    small = dict(voxel_size=(0.5, 0.5, 6.0), point_range=RANGE, channels=16, num_heads=2, num_blocks=1, group_size=16,
-                 map_channels=(8, 8), map_layers=(1, 1), neck_channels=8, head_channels=8)  # fmt: skip
     real = zoo.create_model
     monkeypatch.setattr(
-        zoo, "create_model", lambda name, **kw: real(name, **(small if "dir" not in name else {}), **kw)
+        zoo, "create_model", lambda name, **kw: real(name, **(SMALL if "dir" not in name else {}), **kw)
     )
     start, handler = resident.batches, signal.getsignal(signal.SIGTERM)
 

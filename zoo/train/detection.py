@@ -130,6 +130,12 @@ class PointCloudDetector(LightningModule):
         """Log the metrics of the test frames."""
         self._log_metrics("test")
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the measured results, which an exported model carries."""
+        metrics = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
+        # Classes that do not occur have no result.
+        checkpoint["zoo"] = {"metrics": {key: value for key, value in metrics.items() if not math.isnan(value)}}
+
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with its one-cycle schedule, stepped per update."""
         total = self.trainer.estimated_stepping_batches

@@ -198,7 +198,10 @@ def train(
 
 @torch.no_grad()
 def evaluate(net: nn.Module, frames: Sequence[Frame], batch_size: int = 4) -> dict[str, float]:
-    """Average precision of a detector on frames: BEV and 3D, at 0.7 for the first class and at 0.5 for the others."""
+    """Average precision of a detector on frames: BEV and 3D, at 0.7 for the first class and at 0.5 for the others.
+
+    Classes that do not occur are left out.
+    """
     net.eval()
     thresholds = [0.7] + [0.5] * (len(net.classes) - 1)
     metrics = {view: BoxAveragePrecision(net.classes, thresholds, view, "all") for view in ("bev", "3d")}
@@ -211,6 +214,7 @@ def evaluate(net: nn.Module, frames: Sequence[Frame], batch_size: int = 4) -> di
         f"{view}/{name}": round(float(value), 4)
         for view, metric in metrics.items()
         for name, value in metric.compute().items()
+        if not value.isnan()
     }
 
 
@@ -249,7 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     save(training.average, args.out)
     print(f"wrote {args.out}", flush=True)
     metrics = evaluate(training.average, val)
-    print(f"validation car AP (BEV, IoU 0.7) {metrics['bev/ap/' + net.classes[0]]:.2%}", flush=True)
+    car = metrics.get(f"bev/ap/{net.classes[0]}", math.nan)
+    print(f"validation {net.classes[0]} AP (BEV, IoU 0.7) {car:.2%}", flush=True)
     print(" ".join(f"{name} {value:.2%}" for name, value in metrics.items()), flush=True)
     save(training.average, args.out, metrics)
 
