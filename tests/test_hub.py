@@ -339,6 +339,23 @@ def test_damaged_folders_are_explained(folder, tmp_path, damage):
         zoo.create_model(f"local-dir:{path}", pretrained=True)
 
 
+def test_detectors_travel_through_a_hub(server, tmp_path):
+    torch.manual_seed(0)
+    detector = zoo.create_model("flatformer_nano", classes=["car"])
+    hub.push(detector, "org/lidar", card={"license": "apache-2.0"}, metrics={"ap_car": 0.8})
+    assert sorted(server.repos["org/lidar"].branches["main"]) >= ["README.md", "config.json", "model.safetensors"]
+    folder = hub.pull("org/lidar", tmp_path / "pulled")
+    for name in ("hf-hub:org/lidar", f"local-dir:{folder}"):
+        loaded = zoo.create_model(name, pretrained=True)
+        assert loaded.classes == ("car",)
+        torch.testing.assert_close(loaded.state_dict(), detector.state_dict(), rtol=0, atol=0)
+    random = zoo.create_model("hf-hub:org/lidar", score_threshold=0.3)
+    assert random.head.score_threshold == 0.3
+    del server.repos["org/lidar"].branches["main"]["model.safetensors"]
+    with pytest.raises(hub.HubError, match="has no file 'model.safetensors'|no model.safetensors"):
+        zoo.create_model("hf-hub:org/lidar", pretrained=True, cache_dir=tmp_path / "fresh")
+
+
 def test_hub_models_of_create_model_are_explained(published):
     assert zoo.create_model("hf-hub:org/model", pretrained=True).num_classes == 7
     with pytest.raises(hub.HubError, match="does not exist"):

@@ -102,19 +102,23 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
         zoo.hub.HubError: The weights do not exist, cannot be fetched or cannot be read.
     """
     source, location = parse_model_name(name)
-    detector = _detector(name, source, location, kwargs.get("cache_dir"))
+    if source is None:
+        config = {"architecture": name.partition(".")[0]}
+    elif source == "local-dir":
+        config = hub.read_config(location)
+    else:
+        config = hub.fetch_config(location, kwargs.get("cache_dir"))
+    detector = registry.find(config["architecture"])
     if detector is not None:
         return _create_detector(detector, name, pretrained, kwargs)
     if source is None:
         _check_name(name)
         if pretrained:
             _check_weights(name, kwargs)
-    elif source == "local-dir":
-        _check_arch(hub.read_config(location), location)
-        if pretrained:
-            _check_local(location)
     else:
-        _check_arch(hub.fetch_config(location, kwargs.get("cache_dir")), location)
+        _check_arch(config, location)
+        if source == "local-dir" and pretrained:
+            _check_local(location)
     with hub.explain_errors(name):
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
     return accelerate(model) if can_accelerate(model) else model
@@ -191,14 +195,6 @@ def _matches(name: str, filter: str | Iterable[str], exclude_filters: str | Iter
     include, exclude = ([f] if isinstance(f, str) else list(f) for f in (filter, exclude_filters))
     wanted = not any(include) or any(fnmatch(name, f) or fnmatch(name, f"{f}.*") for f in include if f)
     return wanted and not any(fnmatch(name, f) for f in exclude if f)
-
-
-def _detector(name: str, source: str | None, location: str, cache_dir: Any) -> registry.Entry | None:
-    """The detector in point clouds that a name means, None for a model of timm."""
-    if source is None:
-        return registry.find(name)
-    config = hub.read_config(location) if source == "local-dir" else hub.fetch_config(location, cache_dir)
-    return registry.find(config["architecture"])
 
 
 def _create_detector(entry: registry.Entry, name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:

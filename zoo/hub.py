@@ -112,7 +112,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise HubError(f"'{path}' cannot be read: {error}.") from error
     if not isinstance(config, dict) or "architecture" not in config:
-        raise HubError(f"'{path}' is not the config of a model: it names no architecture.")
+        raise HubError(f"'{path}' is not the config of a timm model or detector: it names no architecture.")
     return config
 
 

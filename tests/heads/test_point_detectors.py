@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,13 +10,14 @@ from torch import Tensor, nn
 
 import zoo
 from zoo import hub, registry
+from zoo.cli import main
 from zoo.convert import flatformer as flatformer_converter
 from zoo.convert import scatterformer as scatterformer_converter
 from zoo.heads.detections import Detections, Targets
 from zoo.heads.point_base import PointDetector, merge_sweeps
 from zoo.heads.point_runtime import ROWS, JointBranches, fold_norms
 
-gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 RANGE = (-8.0, -8.0, -2.0, 8.0, 8.0, 4.0)
 NAMES = ["flatformer_nano", "scatterformer_nano", "scatterformer_fusion"]
 
@@ -27,7 +26,8 @@ def build(name: str, **settings) -> PointDetector:
     """A small detector whose norms are not the identity."""
     torch.manual_seed(0)
     if name == "scatterformer_fusion":
-        name, settings = "scatterformer_nano", dict(head="transfusion", small_classes=("pedestrian",), **settings)
+        fusion = dict(head="transfusion", small_classes=("pedestrian",), radius=3, max_candidates=60)
+        name, settings = "scatterformer_nano", {**fusion, **settings}
     detector = zoo.create_model(name, point_range=RANGE, **settings).eval()
     for module in detector.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -55,14 +55,14 @@ def cloud(points: int, seed: int = 0) -> Tensor:
 
 
 def assert_same(actual: Detections, expected: Detections, tolerance: float = 1e-4) -> None:
-    """Equal boxes, in any order."""
+    """Equal boxes of each class, in any order."""
     assert torch.equal(actual.labels.bincount(), expected.labels.bincount())
-    if len(expected.scores) == 0:
-        return
-    near = torch.cdist(expected.boxes[:, :6], actual.boxes[:, :6]).argmin(1)
-    assert near.unique().numel() == len(near)
-    torch.testing.assert_close(actual.boxes[near], expected.boxes, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(actual.scores[near], expected.scores, rtol=tolerance, atol=tolerance)
+    for label in expected.labels.unique():
+        a, b = (Detections(*(x[found.labels == label] for x in found)) for found in (actual, expected))
+        near = torch.cdist(b.boxes[:, :6], a.boxes[:, :6]).argmin(1)
+        assert near.unique().numel() == len(near)
+        torch.testing.assert_close(a.boxes[near], b.boxes, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(a.scores[near], b.scores, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,12 +140,13 @@ def test_training_reaches_every_parameter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-def test_fast_inference_gives_the_same_boxes(name: str, device: str) -> None:
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def test_fast_inference_gives_the_same_boxes(name: str, device: str, padded: bool) -> None:
     detector, clouds = build(name).to(device), [cloud(1500), cloud(0), cloud(700, 2)]
-    runtime = detector.accelerate(dtype=torch.float32)
+    runtime = detector.accelerate(dtype=torch.float32, padded=padded)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for batch in (clouds, clouds[:1], [cloud(1200, 3)], []):
+        for batch in (clouds, [cloud(0)], [cloud(1200, 3)], []):
             batch = [c.to(device) for c in batch]
             for found, expected in zip(runtime(batch), detector(batch), strict=True):
                 assert_same(found, expected, 2e-3)
@@ -154,7 +155,7 @@ def test_fast_inference_gives_the_same_boxes(name: str, device: str) -> None:
 def test_fast_inference_grows_and_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
     detector = build("flatformer_nano")
     monkeypatch.setattr("zoo.heads.point_runtime.ROWS", 64)
-    runtime, small, large = detector.accelerate(), [cloud(30)], [cloud(2000)]
+    runtime, small, large = detector.accelerate(padded=True), [cloud(30)], [cloud(2000)]
     for batch in (small, large, large, small, small):
         assert_same(runtime(batch)[0], detector(batch)[0])
         capacity = runtime._capacity[1]
@@ -164,14 +165,28 @@ def test_fast_inference_grows_and_shrinks(monkeypatch: pytest.MonkeyPatch) -> No
     assert ROWS > 64
 
 
-@gpu
+def test_fast_inference_sees_full_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later stages of ScatterFormer have room of their own."""
+    detector, batch = build("scatterformer_nano"), [cloud(300)]
+    monkeypatch.setattr("zoo.heads.point_runtime.ROWS", 64)
+    voxels = len(detector.vfe_module(batch)[1].coords)
+    for growth in ((0.5, 1.5, 0.75), (1.5, 0.3, 0.75), (1.5, 1.5, 0.2)):
+        detector.backbone_3d.growth = growth
+        runtime = detector.accelerate(padded=True)
+        assert_same(runtime(batch)[0], detector(batch)[0])
+        assert runtime._capacity[1] >= 2 * voxels
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_half_precision_finds_what_float_finds(name: str) -> None:
-    detector, batch = build(name).cuda(), [cloud(1500).cuda()]
-    found, expected = detector.accelerate()(batch)[0], detector(batch)[0]
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def test_half_precision_finds_what_float_finds(name: str, device: str) -> None:
+    detector, batch = build(name).to(device), [cloud(1500).to(device)]
+    runtime = detector.accelerate(dtype=torch.bfloat16, padded=True)
+    assert runtime.detector.head.limits.dtype == runtime.detector.head.nms.threshold.dtype == torch.float32
+    found, expected = runtime(batch)[0], detector(batch)[0]
     confident = expected.scores > expected.scores.median()
     near = torch.cdist(expected.boxes[confident, :3], found.boxes[:, :3]).min(1).values
-    assert (near < 0.2).float().mean() > 0.8
+    assert found.boxes.dtype == torch.float32 and (near < 0.3).float().mean() > 0.8
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -272,7 +287,7 @@ def test_settings_that_do_not_fit_are_explained() -> None:
 
 
 @pytest.mark.parametrize("family", ["flatformer", "scatterformer"])
-def test_conversion(family: str, tmp_path) -> None:
+def test_conversion(family: str, tmp_path, capsys: pytest.CaptureFixture) -> None:
     """Training checkpoints of the official code, as they are saved, become model folders."""
     detector = zoo.create_model(f"{family}_nano")
     state = detector.state_dict()
@@ -282,10 +297,8 @@ def test_conversion(family: str, tmp_path) -> None:
         state = {f"module.{name}": value for name, value in state.items()}
         checkpoint = {"model_state": {**state, "module.global_step": torch.zeros(1)}, "epoch": 3}
     torch.save(checkpoint, tmp_path / "official.pth")
-    command = [sys.executable, "-m", "zoo.cli", "convert", family, "official.pth", "--out", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"({family}_nano)" in done.stdout
+    assert main(["convert", family, str(tmp_path / "official.pth"), "--out", str(tmp_path / "out")]) == 0
+    assert f"({family}_nano)" in capsys.readouterr().out
     loaded = zoo.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     torch.testing.assert_close(loaded.state_dict(), detector.state_dict(), rtol=0, atol=0)
 

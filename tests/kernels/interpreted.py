@@ -44,7 +44,9 @@ from zoo.kernels.tile_sparse import (
 )
 from zoo.kernels.tile_sparse import reference as sparse_reference
 from zoo.kernels.tile_sparse import triton as sparse_kernels
-from zoo.kernels.voxelize import Voxels
+from zoo.kernels.voxelize import Voxels, make_grid
+from zoo.kernels.voxelize import reference as voxel_reference
+from zoo.kernels.voxelize import triton as voxel_kernels
 
 # (map, channels, heads, region, topk, key map, key region, mask_padding, distinct) and the designs expected.
 PROBLEMS = {
@@ -550,3 +552,40 @@ def test_sparse_depthwise_convolution(
     dweight = triton_depthwise.weight_gradient(grad, x, table, taps, D)
     expected = conv3d_reference.sparse_depthwise_weight_gradient(exact[2], exact[0], table, taps, D)
     torch.testing.assert_close(dweight.double(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("capacity", [None, 100, 20])
+@pytest.mark.parametrize(("order", "clamp"), [("zyx", True), ("xyz", False)])
+def test_grouped_points(order: str, clamp: bool, capacity: int | None) -> None:
+    torch.manual_seed(0)
+    points, sizes = torch.rand(80, 5) * 10 - 5, [30, 0, 50]
+    points[3, 4], points[60, 0] = torch.nan, torch.inf
+    grid = make_grid((0.5, 0.25, 1.0), (-4.0, -2.0, -1.0, 4.0, 2.0, 2.0), clamp, order)
+    expected = voxel_reference.group_points(points, sizes, grid, capacity)
+    actual = voxel_kernels.group_points(points, sizes, grid, capacity)
+    assert all(torch.equal(a, e) for a, e in zip(actual[1:], expected[1:], strict=True))
+    assert torch.equal(actual.voxels.coords, expected.voxels.coords) and actual.voxels.num == expected.voxels.num
+    V = len(actual.voxels.coords)
+    features = voxel_kernels.point_features(
+        points, actual.order, actual.offsets, actual.voxels.coords, grid, True
+    )  # fmt: skip
+    known = expected.index < V
+    wanted = voxel_reference.point_features(points, expected, grid, True)
+    torch.testing.assert_close(features[known], wanted[known])
+    assert torch.isfinite(features).all()
+
+
+def test_maximum_over_segments() -> None:
+    torch.manual_seed(0)
+    index = torch.randint(0, 13, (90,)).sort().values
+    index[index == 4] = 5
+    offsets = torch.searchsorted(index, torch.arange(13))
+    values = torch.randn(90, 20).round(decimals=1)  # with ties
+    values[7, 3], values[11, 4] = torch.nan, -torch.inf
+    leaf = values.clone().requires_grad_()
+    expected = voxel_reference.segment_max(leaf, index, 12)
+    out, row = voxel_kernels.segment_max(values, offsets)
+    torch.testing.assert_close(out, expected.detach(), equal_nan=True)
+    grad = torch.randn_like(expected)
+    actual = voxel_kernels.segment_max_backward(grad, row, index)
+    torch.testing.assert_close(actual, *torch.autograd.grad(expected, leaf, grad))

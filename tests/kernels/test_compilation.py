@@ -35,6 +35,8 @@ from zoo.kernels.sparse_conv import triton_depthwise, triton_neighbours
 from zoo.kernels.sparse_conv.reference import SiteGrid
 from zoo.kernels.tile_sparse import Diagonal, Layout, pattern_table, triton_descriptors
 from zoo.kernels.tile_sparse import triton as tile_sparse
+from zoo.kernels.voxelize import make_grid
+from zoo.kernels.voxelize import triton as voxelize
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -85,13 +87,11 @@ FACTORIZED = {
     "stage1_float32": (56, 64, 1, 8, torch.float32),
     "stage4_float32": (7, 512, 8, 1, torch.float32),
 }
-# Flattened window attention: (group, heads, head dim, dtype). FlatFormer on Waymo and by default, the limits.
+# Flattened window attention: (group, heads, head dim, dtype). FlatFormer on Waymo, and the limits.
 FLAT = {
     "waymo": (144, 8, 16, torch.float16),
-    "default": (69, 8, 16, torch.bfloat16),
     "limits": (256, 2, 64, torch.bfloat16),
     "float32": (144, 8, 16, torch.float32),
-    "float32_limits": (256, 2, 16, torch.float32),
 }
 # Pattern sparse attention: (layout, head dim, dtype). Heads of HunyuanVideo and CogVideoX, exact masks.
 SPARSE = {
@@ -246,6 +246,15 @@ def launch_flat_window(name: str) -> None:
     flat_window.backward(out, q, k, v, out, lse, order[0], groups, group, 0.25)
 
 
+def launch_voxelize(order: str, dtype: torch.dtype) -> None:
+    grid = make_grid((0.32, 0.32, 6), (-74.88, -74.88, -2, 74.88, 74.88, 4), order == "zyx", order)
+    grouped = voxelize.group_points(torch.zeros(1000, 5), [400, 600], grid, 128)
+    _, sorted_points, index, offsets = grouped
+    voxelize.point_features(torch.zeros(1000, 5), sorted_points, offsets, grouped.voxels.coords, grid, True)
+    out, row = voxelize.segment_max(torch.empty(1000, 128, dtype=dtype), offsets)
+    voxelize.segment_max_backward(out, row, index)
+
+
 def launch_tile_sparse(name: str) -> None:
     layout, D, dtype = SPARSE[name]
     q = torch.empty(1, layout.tokens, 2, D, dtype=dtype).transpose(1, 2)
@@ -341,6 +350,13 @@ def test_rotated_suppression_compiles(candidates: int, arch: int, launches: list
 @pytest.mark.parametrize("name", FLAT)
 def test_flat_window_compiles(name: str, arch: int, launches: list, tmp_path: Path) -> None:
     launch_flat_window(name)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("order", "dtype"), [("zyx", torch.float32), ("xyz", torch.bfloat16)])
+def test_voxelize_compiles(order: str, dtype: torch.dtype, arch: int, launches: list, tmp_path: Path) -> None:
+    launch_voxelize(order, dtype)
     check(launches, arch, tmp_path)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import segment_max, segment_mean, voxelize
-from zoo.kernels.voxelize import group_points, make_grid
+from zoo.kernels.voxelize import group_points, make_grid, point_features
 
 gpu = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
@@ -147,3 +147,84 @@ def test_nan_is_not_hidden(device: str) -> None:
 def test_half_precision_means_are_summed_in_float32(device: str) -> None:
     values = torch.ones(5000, 1, device=device, dtype=torch.float16)
     assert segment_mean(values, torch.zeros(5000, dtype=torch.int64, device=device), 1).item() == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("capacity", [None, 300, 40])
+def test_features_of_points(capacity: int | None, device: str) -> None:
+    sizes, grid = [90, 0, 150], make_grid(SIZE, RANGE, False, "xyz")
+    points = make_points(sizes, device)
+    grouped = group_points(points, sizes, grid, capacity)
+    features = point_features(points, grouped, grid, True)
+    assert features.shape == (len(grouped.order), 12) and torch.isfinite(features).all()
+    for row, point, voxel in zip(features, points[grouped.order], grouped.index, strict=True):
+        if voxel == len(grouped.voxels.coords):
+            continue
+        same = points[grouped.order[grouped.index == voxel], :3]
+        cell = grouped.voxels.coords[voxel, 1:].flip(0)
+        centre = (cell + 0.5) * torch.tensor(SIZE, device=device) + torch.tensor(RANGE[:3], device=device)
+        expected = torch.cat([point, point[:3] - same.mean(0), point[:3] - centre, point[:3].norm()[None]])
+        torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sorted_segments(dtype: torch.dtype, device: str) -> None:
+    """With offsets a GPU takes its kernel, which gives the same numbers."""
+    index = torch.randint(0, 101, (3000,)).sort().values
+    offsets = torch.searchsorted(index, torch.arange(101)).to(device)
+    values = torch.randn(3000, 70).to(dtype)
+    leaf, other = (values.clone().to(d).requires_grad_() for d in (device, "cpu"))
+    out, expected = segment_max(leaf, index.to(device), 100, offsets), segment_max(other, index, 100)
+    assert torch.equal(out.cpu(), expected)
+    grad = torch.randn_like(expected)
+    out.backward(grad.to(device))
+    expected.backward(grad)
+    assert torch.equal(leaf.grad.cpu(), other.grad)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device: str) -> None:
+    index = torch.randint(0, 6, (40,), device=device).sort().values
+    offsets = torch.searchsorted(index, torch.arange(6, device=device))
+    values = torch.randn(40, 7, device=device, requires_grad=True)
+    torch.library.opcheck(torch.ops.zoo.segment_max, (values, index, offsets))
+
+
+def test_offsets_are_checked() -> None:
+    values, index = torch.randn(4, 2), torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ValueError, match=r"offsets must be int64 \[3\], got torch.int64 \(2,\)"):
+        segment_max(values, index, 2, torch.tensor([0, 2]))
+    with pytest.raises(NotImplementedError, match="needs sorted segments"):
+        segment_max(values, index, 2, backend="triton")
+
+
+def test_explicit_triton_explains_its_refusal() -> None:
+    points, grid = make_points([30]), make_grid(SIZE, RANGE, False, "zyx")
+    with pytest.raises(NotImplementedError, match="needs CUDA tensors, got device cpu"):
+        group_points(points, [30], grid, backend="triton")
+
+
+@gpu
+def test_kernels_group_as_the_reference_does() -> None:
+    sizes, grid = [4000, 0, 9000], make_grid((0.1, 0.1, 0.2), RANGE, True, "zyx")
+    points = make_points(sizes)
+    for capacity in (None, 20000, 500):
+        expected = group_points(points, sizes, grid, capacity)
+        actual = group_points(points.cuda(), sizes, grid, capacity)
+        assert torch.equal(actual.voxels.coords.cpu(), expected.voxels.coords)
+        assert all(torch.equal(a.cpu(), e) for a, e in zip(actual[1:], expected[1:], strict=True))
+
+
+@gpu
+def test_a_capacity_waits_for_nothing() -> None:
+    sizes, grid = [400, 900], make_grid(SIZE, RANGE, True, "zyx")
+    points = make_points(sizes, "cuda")
+    point_features(points, group_points(points, sizes, grid, 500), grid)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        grouped = group_points(points, sizes, grid, 500)
+        point_features(points, grouped, grid)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert grouped.voxels.num.item() <= 500

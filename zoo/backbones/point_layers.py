@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.kernels.voxelize import Voxels, group_points, make_grid, segment_max, segment_mean
+from zoo.kernels.voxelize import Voxels, group_points, make_grid, point_features, segment_max
 
 
 class PointLayer(nn.Module):
@@ -89,18 +89,6 @@ class DynamicVFE(nn.Module):
             return self.layers[0].linear.weight.new_zeros(0, self.in_channels, dtype=torch.float32)
         return points[0] if len(points) == 1 else torch.cat(list(points))
 
-    def _decorate(self, points: Tensor, index: Tensor, voxels: Voxels) -> Tensor:
-        """Columns of a point and its offsets, [N, F + 6 (+ 1)]."""
-        xyz, cells = points[:, :3], voxels.coords.unbind(1)[:0:-1]  # x, y, z
-        centre = [
-            c * size + (size / 2 + low)
-            for c, size, low in zip(cells, self.grid.voxel_size, self.grid.minimum, strict=True)
-        ]
-        mean = segment_mean(xyz, index, len(voxels.coords))
-        places = F.pad(torch.cat([mean, torch.stack(centre, 1)], 1), (0, 0, 0, 1))[index]  # [N, 6]
-        parts = [points, xyz.repeat(1, 2) - places]
-        return torch.cat([*parts, xyz.norm(dim=1, keepdim=True)] if self.with_distance else parts, 1)
-
     def forward(self, points: Sequence[Tensor], capacity: int | None = None) -> tuple[Tensor, Voxels]:
         """Voxelise and encode a batch.
 
@@ -119,17 +107,13 @@ class DynamicVFE(nn.Module):
             raise ValueError(f"training takes no capacity, got {capacity}: batch norm would count padding.")
         cloud = self._cloud(points)
         with torch.autocast(cloud.device.type, enabled=False):
-            voxels, order, index, _ = group_points(cloud, [len(cloud) for cloud in points], self.grid, capacity)
-            V = len(voxels.coords)
-            cloud = cloud[order]
-            if capacity is not None:
-                # Points without a voxel may hold anything.
-                cloud = cloud.where((index < V)[:, None], 0)
-            x = self._decorate(cloud, index, voxels).to(self.layers[0].linear.weight.dtype)
-            largest = None
+            grouping = group_points(cloud, [len(cloud) for cloud in points], self.grid, capacity)
+            voxels, _, index, offsets = grouping
+            x = point_features(cloud, grouping, self.grid, self.with_distance)
+            x, largest = x.to(self.layers[0].linear.weight.dtype), None
             for layer in self.layers:
                 x = layer(x if largest is None else torch.cat([x, F.pad(largest, (0, 0, 0, 1))[index]], 1))
-                largest = segment_max(x, index, V)
+                largest = segment_max(x, index, len(voxels.coords), offsets)
         return largest, voxels
 
 

@@ -76,6 +76,10 @@ class PointDetector(nn.Module, PyTorchModelHubMixin, library_name="attention-zoo
         """Features [V, C] of voxels to the map [B, C, H, W]."""
         raise NotImplementedError
 
+    def encode_padded(self, features: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:
+        """`encode` of padded voxels, and whether some place for voxels was full, bool []: then others may be lost."""
+        return self.encode(features, voxels), voxels.num >= len(features)
+
     def neck_map(self, x: Tensor) -> Tensor:
         """The map of `encode` to the one that the head takes."""
         raise NotImplementedError
@@ -126,7 +130,7 @@ class PointDetector(nn.Module, PyTorchModelHubMixin, library_name="attention-zoo
             return []
         features, voxels = self.vfe_module(clouds)
         if len(voxels.coords) == 0:
-            return self._nothing(len(clouds), features.device)
+            return self.nothing(len(clouds), features.device)
         maps = self.dense(self.encode(features, voxels))
         return drop_empty(self.head.decode(maps), voxels).split()
 
@@ -136,7 +140,8 @@ class PointDetector(nn.Module, PyTorchModelHubMixin, library_name="attention-zoo
 
         return PointRuntime(self, **settings)
 
-    def _nothing(self, samples: int, device: torch.device) -> list[Detections]:
+    def nothing(self, samples: int, device: torch.device) -> list[Detections]:
+        """Results of samples without a voxel."""
         boxes, scores = torch.zeros(0, self.head.columns, device=device), torch.zeros(0, device=device)
         return [Detections(boxes, scores, scores.long()) for _ in range(samples)]
 

@@ -9,9 +9,11 @@ implementations, whose checkpoints `zoo convert` turns into model folders.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.backbones.bev import SECOND, SECONDFPN
@@ -23,6 +25,7 @@ from zoo.heads.bev_ops import Grid
 from zoo.heads.center_point import FlatFormerCenterHead, ScatterFormerCenterHead
 from zoo.heads.point_base import TASK, PointDetector, class_nms, merge_sweeps
 from zoo.heads.transfusion import TransFusionHead
+from zoo.kernels.sparse_conv import find_pillars, sort_sites
 from zoo.kernels.voxelize import Voxels
 from zoo.registry import register
 
@@ -245,6 +248,16 @@ class ScatterFormerDetector(PointDetector, paper_url="https://arxiv.org/abs/2401
     def encode(self, features: Tensor, voxels: Voxels) -> Tensor:
         return scatter_to_map(*self.backbone_3d.forward_pillars(features, voxels, is_sorted=True))
 
+    def encode_padded(self, features: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:
+        backbone, rows = self.backbone_3d, [math.ceil(g * len(features)) for g in self.backbone_3d.growth]
+        sites, _ = sort_sites(voxels._replace(shape=backbone.shape), is_sorted=True)
+        x, first = backbone.encode_sites(features, sites, rows[0])
+        x, second = backbone.run_stages(x, first, rows[1])
+        pillars = find_pillars(second, rows[2])
+        numbers = torch.stack([voxels.num, first.num, second.num, pillars.voxels.num])
+        full = torch.stack([n >= r for n, r in zip(numbers, [len(features), *rows], strict=True)]).any()
+        return scatter_to_map(backbone.app(x, pillars), pillars.voxels), full
+
     def neck_map(self, x: Tensor) -> Tensor:
         return self.backbone_2d(x)
 
@@ -286,10 +299,10 @@ def flatformer_nano() -> dict[str, Any]:
         num_heads=4,
         window=10,
         group_size=96,
-        map_channels=(48, 96),
-        map_layers=(2, 2),
-        neck_channels=48,
-        head_channels=32,
+        map_channels=(64, 96),
+        map_layers=(3, 3),
+        neck_channels=64,
+        head_channels=48,
         max_candidates=1000,
         nms_threshold=0.2,
         nms_before=1000,

@@ -3,23 +3,24 @@
     runtime = detector.accelerate()
     boxes, scores, labels = runtime([points])[0]
 
-Weights are copied once: batch norms are folded into convolutions, the branches of a CenterPoint head become two
-convolutions, and on a GPU everything after the encoder of voxels runs in half precision and channels-last memory.
-Voxels are padded to a capacity, so that on a GPU all from the voxels to the suppressed boxes is one CUDA graph for each
-capacity and number of samples. The host waits once a batch, for the number of boxes; it learns then too whether the
-capacity was too small, and repeats the batch with a larger one if so.
+Weights are copied once, with batch norms folded into convolutions. On a GPU everything after the encoder of voxels runs
+in half precision and channels-last memory, and the branches of a CenterPoint head become two convolutions. Voxels are
+padded to a capacity, so that all from the voxels to the suppressed boxes is one CUDA graph for each capacity and number
+of samples. The host waits once a batch, for the number of boxes; it learns then too whether the capacity was too small,
+and repeats the batch with a larger one if so.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from zoo.backbones.padded_graphs import PaddedGraphs
 from zoo.heads.bev_ops import BatchDetections
 from zoo.heads.center_point import CenterHead
 from zoo.heads.detections import Detections
@@ -32,7 +33,6 @@ ROWS, MARGIN = 2048, 1.2
 WASTE = 3
 # Tensor cores take channels by eights.
 CHANNELS = 8
-WARM_UP = 3
 
 
 def fold_norms(model: nn.Module) -> nn.Module:
@@ -92,90 +92,77 @@ class JointBranches(nn.Module):
         return dict(zip(self.sizes, parts, strict=True))
 
 
-class _Graph:
-    """A function of voxels, captured in a CUDA graph for the shapes of its first arguments.
-
-    Graphs of one memory pool overwrite each other's results.
-    """
-
-    def __init__(self, function: Callable[[Tensor, Voxels], tuple], features: Tensor, voxels: Voxels, pool) -> None:
-        self.features, self.coords, self.num = features.clone(), voxels.coords.clone(), voxels.num.clone()
-        inputs = self.features, voxels._replace(coords=self.coords, num=self.num)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    function(*inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool):
-                self.result = function(*inputs)
-
-    def __call__(self, features: Tensor, voxels: Voxels) -> tuple:
-        self.features.copy_(features)
-        self.coords.copy_(voxels.coords)
-        self.num.copy_(voxels.num)
-        self.graph.replay()
-        return self.result
-
-
 class PointRuntime:
     """A detector made ready for inference; it does not follow later changes of the detector's weights.
 
     Args:
         detector: A detector of `zoo.heads.point_detectors`, on the device where it is to run.
         dtype: Of all after the encoder of voxels; float16 on a GPU and float32 on a CPU by default.
+        padded: Pad voxels and join the branches of the head, which CUDA graphs need and tensor cores like; by default
+            on a GPU.
         compile: Run the convolutions through `torch.compile`: about a minute for each number of samples, then fewer
             passes over the maps.
-        max_graphs: CUDA graphs that are kept.
+        max_graphs: CUDA graphs that are kept, each with memory for the maps.
     """
 
     def __init__(
-        self, detector: PointDetector, dtype: torch.dtype | None = None, compile: bool = False, max_graphs: int = 8
+        self,
+        detector: PointDetector,
+        dtype: torch.dtype | None = None,
+        *,
+        padded: bool | None = None,
+        compile: bool = False,
+        max_graphs: int = 4,
     ) -> None:
         self.device = next(detector.parameters()).device
         self.on_gpu = self.device.type == "cuda"
         self.dtype = dtype or (torch.float16 if self.on_gpu else torch.float32)
-        self.max_graphs = max_graphs
+        self.padded, self.max_graphs = self.on_gpu if padded is None else padded, max_graphs
         with torch.no_grad():
             self.detector = self._prepare(detector)
         self._maps = torch.compile(self._dense, dynamic=False) if compile else self._dense
-        self._pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs = PaddedGraphs(self._detect, ROWS)
         self._capacity: dict[int, int] = {}
+        self._margin = MARGIN
 
     def _prepare(self, detector: PointDetector) -> PointDetector:
         detector = copy.deepcopy(detector).eval().requires_grad_(False)
-        encoder = detector.vfe_module
         fold_norms(detector)
-        self._head = JointBranches(detector.head) if isinstance(detector.head, CenterHead) else detector.head
-        layout = torch.channels_last if self.on_gpu else torch.contiguous_format
+        joint = self.padded and isinstance(detector.head, CenterHead)
+        self._head = JointBranches(detector.head) if joint else detector.head
         for module in [*detector.children(), self._head]:
-            if module is not encoder:
-                module.to(self.dtype)
-                _set_layout(module, layout)
+            if module is not detector.vfe_module:
+                self._cast(module)
         return detector
+
+    def _cast(self, model: nn.Module) -> None:
+        """Give weights their dtype and layout. Constants, which state dicts leave out, stay in float32: limits and
+        thresholds of a head do not bear rounding."""
+        layout = torch.channels_last if self.on_gpu else torch.contiguous_format
+        for module in model.modules():
+            constants = module._non_persistent_buffers_set
+            buffers = {name: b for name, b in module.named_buffers(recurse=False) if name not in constants}
+            for tensor in [*module.parameters(recurse=False), *buffers.values()]:
+                data = tensor.data.to(self.dtype) if tensor.is_floating_point() else tensor.data
+                # Only two-dimensional convolutions have such weights.
+                tensor.data = data.contiguous(memory_format=layout) if data.dim() == 4 else data
 
     def _dense(self, x: Tensor) -> dict[str, Tensor]:
         return self._head(self.detector.neck_map(x))
 
     def _detect(self, features: Tensor, voxels: Voxels) -> tuple[BatchDetections, Tensor]:
-        """Boxes of encoded voxels, and the numbers that the host waits for: boxes of each sample, then voxels."""
-        maps = self._maps(self.detector.encode(features, voxels))
-        found = drop_empty(self.detector.head.decode(maps), voxels)
-        return found, torch.cat([found.count.long(), voxels.num.long().view(1)])
+        """Boxes of encoded voxels, and the numbers that the host waits for: boxes of each sample, voxels, whether the
+        capacity was too small."""
+        x, full = self.detector.encode_padded(features, voxels)
+        found = drop_empty(self.detector.head.decode(self._maps(x)), voxels)
+        return found, torch.cat([found.count.long(), torch.stack([voxels.num.long(), full.long()])])
 
     def _run(self, features: Tensor, voxels: Voxels) -> tuple[BatchDetections, Tensor]:
-        if not self.on_gpu:
-            return self._detect(features, voxels)
-        key = voxels.batch_size, len(voxels.coords)
-        # The graph used last is the last one.
-        graph = self._graphs.pop(key, None) or _Graph(self._detect, features, voxels, self._pool)
-        self._graphs[key] = graph
-        if len(self._graphs) > self.max_graphs:
-            self._graphs.pop(next(iter(self._graphs)))
-        return graph(features, voxels)
+        if len(self._graphs.graphs) > self.max_graphs:
+            self._graphs.clear()
+        # Maps keep their size, so that trying convolution algorithms once pays.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=self.dtype != torch.float32):
+            return self._graphs(features, voxels)
 
     @torch.no_grad()
     def __call__(self, points: Sequence[Tensor]) -> list[Detections]:
@@ -184,37 +171,39 @@ class PointRuntime:
         samples = len(clouds)
         if samples == 0:
             return []
+        if not self.padded:
+            return self._run_unpadded(clouds)
         capacity = self._capacity.get(samples) or self._first_capacity(clouds)
         while True:
             features, voxels = self.detector.vfe_module(clouds, capacity)
             found, numbers = self._run(features.to(self.dtype), voxels)
-            *counts, voxel_count = numbers.tolist()
-            # A full capacity may have lost voxels.
-            full = voxel_count >= capacity
-            if full or voxel_count * WASTE * MARGIN < capacity - ROWS:
-                self._capacity[samples] = _bucket(2 * capacity / MARGIN if full else voxel_count)
-            if not full:
-                break
-            capacity = self._capacity[samples]
+            *counts, voxel_count, full = numbers.tolist()
+            if full and voxel_count < capacity:
+                # A later stage needs more rows for a voxel than it was given.
+                self._margin *= 2
+            if full:
+                capacity = self._capacity[samples] = max(2 * capacity, self._bucket(voxel_count))
+                continue
+            if self._bucket(voxel_count) * WASTE < capacity:
+                self._capacity[samples] = self._bucket(voxel_count)
+            break
         # The memory of a graph is written again by the next batch.
         return [
             Detections(*(x[:n].clone() for x in parts))
             for *parts, n in zip(found.boxes, found.scores, found.labels, counts, strict=True)
         ]
 
+    def _run_unpadded(self, clouds: list[Tensor]) -> list[Detections]:
+        features, voxels = self.detector.vfe_module(clouds)
+        if len(features) == 0:
+            return self.detector.nothing(len(clouds), features.device)
+        x = self.detector.encode(features.to(self.dtype), voxels)
+        return drop_empty(self.detector.head.decode(self._maps(x)), voxels).split()
+
     def _first_capacity(self, clouds: list[Tensor]) -> int:
         _, voxels = self.detector.vfe_module(clouds)
-        return self._capacity.setdefault(len(clouds), _bucket(len(voxels.coords)))
+        return self._capacity.setdefault(len(clouds), self._bucket(len(voxels.coords)))
 
-
-def _bucket(voxels: float) -> int:
-    """Capacity for about so many voxels."""
-    return (int(voxels * MARGIN) // ROWS + 1) * ROWS
-
-
-def _set_layout(module: nn.Module, layout: torch.memory_format) -> None:
-    """Memory format of the weights of two-dimensional convolutions alone."""
-    for part in module.modules():
-        for tensor in [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
-            if tensor.dim() == 4:
-                tensor.data = tensor.data.contiguous(memory_format=layout)
+    def _bucket(self, voxels: int) -> int:
+        """Capacity for about so many voxels."""
+        return (int(voxels * self._margin) // ROWS + 1) * ROWS

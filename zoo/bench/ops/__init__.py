@@ -5,6 +5,7 @@ from zoo.bench.ops.base import Inputs, Op, Provider, element_size, input_bytes, 
 from zoo.bench.ops.bilevel_routing import BilevelAttention, BilevelRouting
 from zoo.bench.ops.depthwise_conv import DepthwiseConv
 from zoo.bench.ops.factorized import CrossWindowPool, FactorizedAttention
+from zoo.bench.ops.flat_window import FlatWindowAttention, FlatWindowBlock, VoxelMax
 from zoo.bench.ops.halo import HaloAttention, HaloLayer
 from zoo.bench.ops.scatter_linear import ScatterLinear
 from zoo.bench.ops.tile_sparse import TileSparseAttention
@@ -18,8 +19,11 @@ OPS: dict[str, Op] = {
     "cross_window_pool": CrossWindowPool(),
     "depthwise_conv": DepthwiseConv(),
     "factorized_attention": FactorizedAttention(),
+    "flat_window_attention": FlatWindowAttention(),
+    "flat_window_block": FlatWindowBlock(),
     "halo_attention": HaloAttention(),
     "halo_layer": HaloLayer(),
     "scatter_linear": ScatterLinear(),
     "tile_sparse_attention": TileSparseAttention(),
+    "voxel_max": VoxelMax(),
 }

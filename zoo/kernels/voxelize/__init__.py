@@ -1,6 +1,6 @@
 """Dynamic voxelisation of point clouds, and means and maxima over voxels."""
 
-from zoo.kernels.voxelize.op import group_points, make_grid, segment_max, segment_mean, voxelize
+from zoo.kernels.voxelize.op import group_points, make_grid, point_features, segment_max, segment_mean, voxelize
 from zoo.kernels.voxelize.reference import Grid, Grouping, Voxels
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Voxels",
     "group_points",
     "make_grid",
+    "point_features",
     "segment_max",
     "segment_mean",
     "voxelize",

@@ -121,6 +121,19 @@ def segment_mean(values: Tensor, index: Tensor, num_segments: int) -> Tensor:
     return (total[:-1] / count[:-1].clamp(min=1)[:, None]).to(values.dtype)
 
 
+def point_features(points: Tensor, grouping: Grouping, grid: Grid, with_distance: bool) -> Tensor:
+    """Columns and offsets of sorted points; see `op.point_features`."""
+    (voxels, order, index, _), V = grouping, grouping.voxels.coords.shape[0]
+    # Points without a voxel may hold anything.
+    points = points[order].where((index < V)[:, None], 0)
+    xyz, cells = points[:, :3], voxels.coords.unbind(1)[:0:-1]  # x, y, z
+    centre = [c * size + (size / 2 + low) for c, size, low in zip(cells, grid.voxel_size, grid.minimum, strict=True)]
+    places = torch.cat([segment_mean(xyz, index, V), torch.stack(centre, 1)], 1)  # [V, 6]
+    offset = xyz.repeat(1, 2) - torch.cat([places, places.new_zeros(1, 6)])[index]
+    parts = [points, offset, xyz.norm(dim=1, keepdim=True)]
+    return torch.cat(parts if with_distance else parts[:2], 1)
+
+
 def segment_argmax(values: Tensor, index: Tensor, num_segments: int) -> Tensor:
     """Row of each segment's maximum by channel, the lowest of several, int64 [S, C]; N for an empty segment."""
     N, C = values.shape
