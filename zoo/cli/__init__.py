@@ -13,7 +13,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "list": ("zoo.cli.list_models", "list the models with size, cost and weights"),
     "info": ("zoo.cli.info", "describe one model"),
-    "predict": ("zoo.cli.predict", "classify images"),
+    "predict": ("zoo.cli.predict", "classify images, or find objects in point clouds"),
     "fit": ("zoo.cli.lightning", "train a model"),
     "validate": ("zoo.cli.lightning", "measure a model on validation data"),
     "test": ("zoo.cli.lightning", "measure a model on test data"),

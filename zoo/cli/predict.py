@@ -1,26 +1,41 @@
-"""`zoo predict`: classify images with a pretrained model."""
+"""`zoo predict`: classify images, or find objects in point clouds, with a pretrained model."""
 
 import argparse
 import glob
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders or wildcards")
+    parser.add_argument(
+        "images", nargs="+", metavar="FILE",
+        help="image files, or point clouds (.bin of KITTI or nuScenes, .npz, .npy, .pcd), folders or wildcards",
+    )  # fmt: skip
     parser.add_argument("--model", required=True, help="arch.tag, hf-hub:org/name or local-dir:FOLDER")
     parser.add_argument("--topk", type=_positive, default=5, help="classes to show (default: 5)")
-    parser.add_argument("--json", action="store_true", help="print JSON, one image a line")
+    parser.add_argument("--json", action="store_true", help="print JSON, one file a line")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where present)")
     parser.add_argument("--batch-size", type=_positive, default=32, help="images a step (default: 32)")
+    points = parser.add_argument_group("point clouds")
+    points.add_argument("--score", type=float, default=0.3, help="least score of a box (default: 0.3)")
+    points.add_argument(
+        "--out",
+        type=Path,
+        default=Path("."),
+        help="folder of the boxes, FILE.json, and pictures, FILE.png (default: .)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
+    from zoo.cli import predict_points
+
+    if _are_point_clouds(args.images):
+        return predict_points.run(*find_files(args.images, predict_points.SUFFIXES, "point cloud"), args)
     paths, failures = find_images(args.images)
     # Without an image the model need not be fetched.
     classifier = Classifier(args.model, args.device) if paths else None
@@ -49,11 +64,30 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def _are_point_clouds(patterns: list[str]) -> bool:
+    """Tell whether files or folders are point clouds, by the first that shows it."""
+    from zoo.cli.predict_points import SUFFIXES
+
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.suffix.lower() in SUFFIXES:
+            return True
+        if path.is_dir():
+            # Pictures of point clouds, FILE.bin.png, lie beside these.
+            images = [p for p in find_images([pattern])[0] if p.with_suffix("").suffix.lower() not in SUFFIXES]
+            return not images and bool(find_files([pattern], SUFFIXES, "point cloud")[0])
+    return False
+
+
 def find_images(patterns: list[str]) -> tuple[list[Path], list[str]]:
     """Expand files, folders and wildcards; return the paths and a message for each argument that names nothing."""
     from PIL import Image
 
-    known = Image.registered_extensions()
+    return find_files(patterns, Image.registered_extensions(), "image")
+
+
+def find_files(patterns: list[str], suffixes: Container[str], kind: str) -> tuple[list[Path], list[str]]:
+    """Expand files, folders (only files with one of the suffixes) and wildcards, as `find_images` does."""
     paths: list[Path] = []
     failures = []
     for pattern in patterns:
@@ -61,11 +95,11 @@ def find_images(patterns: list[str]) -> tuple[list[Path], list[str]]:
         if path.is_file():
             found = [path]
         elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in known)
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
         else:
             found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
         if not found:
-            failures.append(f"'{pattern}' holds no image." if path.is_dir() else f"'{pattern}' does not exist.")
+            failures.append(f"'{pattern}' holds no {kind}." if path.is_dir() else f"'{pattern}' does not exist.")
         paths += found
     return list(dict.fromkeys(paths)), failures
 
@@ -84,7 +118,7 @@ class Classifier:
 
         import zoo
 
-        self.device = _device(device)
+        self.device = pick_device(device)
         self.model = zoo.create_model(name, pretrained=True).to(self.device).eval()
         self.config = timm.data.resolve_model_data_config(self.model)
         self.transform = timm.data.create_transform(**self.config)
@@ -150,7 +184,8 @@ def _table(results: list):
     return table
 
 
-def _device(name: str | None):
+def pick_device(name: str | None):
+    """The torch device of a name, None for CUDA where present; raises ValueError where there is none."""
     import torch
 
     if name is None:

@@ -1,4 +1,4 @@
-"""From a Lightning checkpoint to a plain timm model."""
+"""From a Lightning checkpoint to a plain timm model or detector."""
 
 import pickle
 import zipfile
@@ -8,6 +8,9 @@ from typing import Any, Literal
 import timm
 import torch
 from torch import nn
+
+from zoo import registry
+from zoo.factory import create_model
 
 _PREFIX = "net."
 
@@ -55,7 +58,7 @@ def _choose_weights(checkpoint: dict[str, Any], weights: str, path: str | Path) 
 def load_lightning_checkpoint(
     path: str | Path, weights: Literal["auto", "ema", "raw"] = "auto"
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild the timm model of a checkpoint that ``ImageClassifier`` has written.
+    """Rebuild the model of a checkpoint that ``ImageClassifier`` or ``PointCloudDetector`` has written.
 
     Args:
         path: The ``.ckpt`` file.
@@ -63,7 +66,7 @@ def load_lightning_checkpoint(
             the run averaged.
 
     Returns:
-        The model in evaluation mode, its ``pretrained_cfg`` describing the input it was trained for, and a dict with
+        The model in evaluation mode, a timm model's ``pretrained_cfg`` describing its input, and a dict with
         ``model``, ``num_classes``, ``weights`` (ema or raw), ``data_config``, ``metrics``, ``epoch``, ``global_step``
         and ``hyper_parameters``.
 
@@ -74,18 +77,21 @@ def load_lightning_checkpoint(
     checkpoint = read_checkpoint(path)
     hparams = checkpoint.get("hyper_parameters") or {}
     if "model" not in hparams or "num_classes" not in hparams:
-        raise ValueError(f"{path} does not name its model: it was not written by zoo.train's ImageClassifier")
+        raise ValueError(f"{path} does not name its model: it was not written by a module of zoo.train")
     state, chosen = _choose_weights(checkpoint, weights, path)
-    model = timm.create_model(
-        hparams["model"], pretrained=False, num_classes=hparams["num_classes"], **(hparams.get("model_kwargs") or {})
-    )
+    is_detector = registry.find(hparams["model"]) is not None
+    # A detector's classes are among its own arguments.
+    classes = {} if is_detector else {"num_classes": hparams["num_classes"]}
+    build = create_model if is_detector else timm.create_model
+    model = build(hparams["model"], pretrained=False, **classes, **(hparams.get("model_kwargs") or {}))
     own = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
     try:
         model.load_state_dict(own, strict=True)
     except RuntimeError as error:
         raise ValueError(f"the weights of {path} do not fit {hparams['model']}: {error}") from error
     extra = checkpoint.get("zoo") or {}
-    _describe_input(model, hparams["num_classes"], extra.get("data_config"))
+    if not is_detector:
+        _describe_input(model, hparams["num_classes"], extra.get("data_config"))
     return model.eval(), {
         "model": hparams["model"],
         "num_classes": hparams["num_classes"],
