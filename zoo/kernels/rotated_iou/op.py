@@ -138,7 +138,7 @@ def rotated_overlap(a: Tensor, b: Tensor, *, aligned: bool = False, backend: str
 
 def rectangles(boxes: Tensor) -> Tensor:
     """The rectangles [..., 5] that boxes (x, y, z, dx, dy, dz, yaw, ...) [..., 7 or more] cover seen from above."""
-    return boxes[..., [0, 1, 3, 4, 6]]
+    return torch.cat([boxes[..., :2], boxes[..., 3:5], boxes[..., 6:7]], -1)  # no list of indices: it would be copied
 
 
 def rotated_iou(a: Tensor, b: Tensor, *, aligned: bool = False, backend: str = "auto") -> Tensor:
