@@ -72,7 +72,7 @@ class Recipe:
     lr: float = 1e-3
     weight_decay: float = 0.05
     ema: float = 0.998
-    patch_weight: float = 0.5
+    patch_weight: float = 1.0
     cls_weight: float = 0.2
     attention_weight: float = 0.1
     hidden: float = 0.5
