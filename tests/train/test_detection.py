@@ -245,14 +245,17 @@ def test_resident_run_of_a_real_detector(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(
         zoo, "create_model", lambda name, **kw: real(name, **(SMALL if "dir" not in name else {}), **kw)
     )
-    start, handler = resident.batches, signal.getsignal(signal.SIGTERM)
+    start, handler = resident.train, signal.getsignal(signal.SIGTERM)
 
-    def two_batches(*args):
-        source = start(*args)
-        yield from (next(source) for _ in range(2))
-        signal.raise_signal(signal.SIGTERM)
+    def two_steps(training, source, *args):
+        def interrupted():
+            yield from (next(source) for _ in range(2))
+            signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(resident, "batches", two_batches)
+        return start(training, interrupted(), *args)
+
+    monkeypatch.setattr(resident, "train", two_steps)
+    monkeypatch.setattr(resident, "_STATISTICS_BATCHES", 2)
     try:
         args = ["--frames", "4", "--val-frames", "2", "--workers", "0", "--batch-size", "2", "--minutes", "5"]
         resident.main(["flatformer_nano", "--out", str(tmp_path / "model"), *args])
@@ -262,4 +265,7 @@ def test_resident_run_of_a_real_detector(tmp_path, capsys, monkeypatch) -> None:
     assert "interrupted after 2 steps" in out and "validation car AP (BEV, IoU 0.7)" in out
     model = zoo.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     assert model.point_range == RANGE
+    # Statistics of BatchNorm were measured on two batches.
+    counts = [int(v) for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")]
+    assert counts and set(counts) == {2}
     assert model.eval()([torch.zeros(0, 5)])[0].boxes.shape[0] == 0

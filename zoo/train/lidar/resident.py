@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from zoo.heads.detections import Targets
 from zoo.train.detection import parameter_groups
@@ -35,6 +36,8 @@ from zoo.train.lidar.simulator import LidarSimulator
 _TRACED = 16
 # Seed of the validation scenes, whatever the seed of a run.
 _VALIDATION_SEED = 10**6
+# Batches that the statistics of BatchNorm are measured on.
+_STATISTICS_BATCHES = 50
 # Forked processes would share the parent's CUDA context.
 _START_METHOD = "spawn"
 # Steps whose gradients are not finite, in a row, that end a run.
@@ -248,10 +251,17 @@ def main(argv: list[str] | None = None) -> None:
     pool = simulate(LidarSimulator(args.seed, extent, device=device), args.frames, net.point_range, args.workers)
     print(f"{len(pool)} scenes in {time.monotonic() - start:.0f} s", flush=True)
     training = Training(net, recipe, amp=device.type == "cuda" and not args.fp32)
-    source = batches(pool, recipe, net.point_range, args.seed)
-    train(training, source, 60 * args.minutes, lambda line: print(line, flush=True))
+    train(
+        training,
+        batches(pool, recipe, net.point_range, args.seed),
+        60 * args.minutes,
+        lambda line: print(line, flush=True),
+    )
     save(training.average, args.out)
     print(f"wrote {args.out}", flush=True)
+    # The running statistics of BatchNorm lag behind the weights, more so behind averaged ones.
+    source = batches(pool, recipe, net.point_range, args.seed)
+    update_bn(itertools.islice(source, _STATISTICS_BATCHES), training.average)
     metrics = evaluate(training.average, val)
     car = metrics.get(f"bev/ap/{net.classes[0]}", math.nan)
     print(f"validation {net.classes[0]} AP (BEV, IoU 0.7) {car:.2%}", flush=True)
