@@ -225,6 +225,11 @@ class ScatterFormerLayers(nn.Module):
         return x
 
 
+def _of_cells(rows: Tensor, pillars: Pillars) -> Tensor:
+    """Rows of sites [N, C] in the cells of their pillars [P, Z, C], zeros between."""
+    return F.pad(rows, (0, 0, 0, 1))[pillars.rows]
+
+
 class AttentivePillarPooling(nn.Module):
     """One token for each pillar: its maximum attends to its voxels, whose keys know their height.
 
@@ -244,23 +249,27 @@ class AttentivePillarPooling(nn.Module):
         self.self_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True, **dd)
         self.pos_embedding = nn.Embedding(pillar_size, dim, **dd)
 
-    def query(self, x: Tensor, pillars: Pillars) -> tuple[Tensor, Tensor, Tensor]:
-        """Maximum of each pillar and 0 [P, C], its voxels [P, Z, C] with zeros between, and where these are [P, Z]."""
-        empty = pillars.rows == len(x)
-        values = F.pad(x, (0, 0, 0, 1))[pillars.rows]
-        return F.relu(values.max(1).values), values, empty
+    def query(self, x: Tensor, pillars: Pillars) -> Tensor:
+        """Maximum of each pillar's voxels and 0 [P, C]."""
+        return F.relu(_of_cells(x, pillars).max(1).values)
 
     def forward(self, x: Tensor, pillars: Pillars) -> Tensor:
         """Rows of sites [N, C] -> [P, C]; rows of padding are arbitrary but finite where x is."""
-        query, values, empty = self.query(x, pillars)
-        if len(query) == 0:
-            # Attention cannot tell the width of heads in a batch of nothing.
-            return self.norm(query)
-        keys = values + self.pos_embedding.weight
+        attention, query = self.self_attn, self.query(x, pillars)
+        heads = (attention.num_heads, attention.head_dim)
+        weights = attention.in_proj_weight.chunk(3)
+        biases = attention.in_proj_bias.chunk(3)
+        q, k, v = (F.linear(rows, w, b) for rows, w, b in zip((query, x, x), weights, biases, strict=True))
+        # Voxels and heights are projected apart and added after: few of a pillar's cells hold a voxel.
+        k = _of_cells(k, pillars) + F.linear(self.pos_embedding.weight, weights[1])  # [P, Z, C]
+        # One query a pillar is too little for a matrix product.
+        logits = (q[:, None] * k).unflatten(-1, heads).sum(-1) * attention.head_dim**-0.5  # [P, Z, M]
+        empty = pillars.rows == len(x)
         # A row of padding has no voxel, and a softmax over nothing is NaN.
         empty = empty & ~empty.all(1, keepdim=True)
-        out, _ = self.self_attn(query[:, None], keys, values, key_padding_mask=empty, need_weights=False)
-        return self.norm(out[:, 0] + query)
+        shares = logits.float().masked_fill(empty[..., None], float("-inf")).softmax(1).to(v.dtype)
+        out = (shares[..., None] * _of_cells(v, pillars).unflatten(-1, heads)).sum(1)  # [P, M, D]
+        return self.norm(attention.out_proj(out.flatten(1)) + query)
 
 
 class ScatterFormer(nn.Module):
