@@ -242,7 +242,7 @@ def _detector_info(name: str) -> ModelInfo:
         gmacs=round(macs / 1e9, 3),
         input_size=input_size,
         weights=weights,
-        license=entry.license,
+        license=weights[0].license if weights else None,
         paper=entry.paper,
         get_weights=_detector_origin(entry),
     )

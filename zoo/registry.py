@@ -31,7 +31,6 @@ class Entry:
         family: Name of its converter in `zoo.convert`.
         task: Hub task name.
         paper: Title and identifiers.
-        license: License of the code that the model follows.
         origin: Where official weights are; None for models without.
     """
 
@@ -41,7 +40,6 @@ class Entry:
     family: str
     task: str
     paper: str
-    license: str | None = None
     origin: str | None = None
 
 

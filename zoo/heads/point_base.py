@@ -98,6 +98,8 @@ class PointDetector(nn.Module, PyTorchModelHubMixin, library_name="attention-zoo
         if isinstance(points, Tensor):
             raise ValueError(f"points must be a list with a tensor [N, {columns}] for each sample, got one tensor.")
         for i, cloud in enumerate(points):
+            if not isinstance(cloud, Tensor):
+                raise ValueError(f"points of sample {i} must be a tensor [N, {columns}], got {type(cloud).__name__}.")
             if cloud.dim() != 2 or cloud.shape[1] != columns or cloud.dtype != torch.float32:
                 raise ValueError(
                     f"points of sample {i} must be float32 [N, {columns}] ({', '.join(self.point_features)}), "

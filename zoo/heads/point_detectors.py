@@ -266,8 +266,6 @@ _FLATFORMER = dict(
     family="flatformer",
     task=TASK,
     paper="FlatFormer: Flattened Window Attention for Efficient Point Cloud Transformer (2301.08739)",
-    license="apache-2.0",
-    origin="none published, by Waymo's licence (github.com/mit-han-lab/flatformer)",
 )
 
 
@@ -314,8 +312,6 @@ _SCATTERFORMER = dict(
     family="scatterformer",
     task=TASK,
     paper="ScatterFormer: Efficient Voxel Transformer with Scattered Linear Attention (2401.00912)",
-    license="apache-2.0",
-    origin="https://github.com/skyhehe123/ScatterFormer (nuScenes; for Waymo its licence forbids weights)",
 )
 
 
@@ -325,7 +321,7 @@ def scatterformer_waymo() -> dict[str, Any]:
     return dict(limits=(-80.0, -80.0, -10.0, 80.0, 80.0, 10.0))
 
 
-@register(ScatterFormerDetector, **_SCATTERFORMER)
+@register(ScatterFormerDetector, **_SCATTERFORMER, origin="https://github.com/skyhehe123/ScatterFormer")
 def scatterformer_nuscenes() -> dict[str, Any]:
     """The official model for nuScenes, ten sweeps, with a TransFusion head."""
     small = ("pedestrian", "traffic_cone")
