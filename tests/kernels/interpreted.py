@@ -335,6 +335,7 @@ SPARSE = {
     "narrow": (Layout((5, 3, 3), 3, "last", (16, 16)), 12, torch.float32, None),
     "blocks": (Layout((3, 5, 11), 5, "last", (128, 64)), 16, torch.float32, [0]),
     "half": (Layout((3, 3, 5), 3, "last", (32, 16)), 16, torch.float16, None),
+    "samples": (Layout((3, 3, 5), 7, "first", (16, 16)), 16, torch.float32, [2, 7]),
 }
 SPARSE_PATTERNS = (
     Full(),
@@ -369,7 +370,7 @@ def test_tile_sparse_attention(name: str) -> None:
     assert out.stride() == expected.stride() and not torch.isnan(lse).any()
 
 
-@pytest.mark.parametrize("name", ["even", "odd"])
+@pytest.mark.parametrize("name", ["even", "odd", "samples"])
 def test_tile_sparse_attention_by_descriptors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_descriptors, "can_describe", lambda *tensors: True)
     layout, D, *_ = SPARSE[name]
