@@ -188,7 +188,7 @@ def load_pipeline(args: argparse.Namespace) -> Any:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cls = VideoDiTPipeline if is_video_dit(args.pipeline) else diffusers.DiffusionPipeline
-    pipe = cls.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype))
+    pipe = cls.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype))
     if args.offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe

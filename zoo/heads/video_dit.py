@@ -172,4 +172,4 @@ def load_video_dit(folder: str | Path | None = None, dtype: torch.dtype = torch.
             f"{what}. Train one on a GPU with `zoo fit --config video/video_dit_nano`, which writes the folder "
             "video_dit_nano, then give that folder (`zoo vdit demo --model video_dit_nano`)."
         )
-    return VideoDiTPipeline.from_pretrained(path, torch_dtype=dtype)
+    return VideoDiTPipeline.from_pretrained(path, dtype=dtype)
