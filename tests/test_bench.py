@@ -556,3 +556,17 @@ def test_gpu_columns(toy, tmp_path):
         assert row["metric"] == "gpu_time"
         assert float(row["memory_mib"]) > 0
         assert float(row["roofline_percent"]) >= 0
+
+
+def test_detectors_are_timed_by_stage(tmp_path):
+    assert quick("detectors", "--out", str(tmp_path)) == 0
+    rows = rows_of(tmp_path / "detectors.csv")
+    stages = {(row["provider"], row["mode"]) for row in rows}
+    assert stages == {("module", "whole"), *(("runtime", m) for m in ("whole", "encoder", "backbone", "maps", "boxes"))}
+    assert all(float(row["p50"]) > 0 for row in rows)
+
+
+def test_a_scan_that_cannot_be_read_fails_alone(write_suite, tmp_path, capsys):
+    path = write_suite(detectors=["flatformer_nano"], scans=["missing.bin"], providers=["module"])
+    assert main([path, "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "missing.bin" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from zoo.bench import gate, models, report, suites, timing, unet_steps, video_steps
+from zoo.bench import detectors, gate, models, report, suites, timing, unet_steps, video_steps
 from zoo.bench.ops import OPS, Inputs, Op, Provider, input_bytes
 
 BASELINE_MODES = {"forward": False, "forward+backward": True}
@@ -389,4 +389,10 @@ def measure_model(job: models.Job, options: Options) -> dict[str, Any]:
     return {"metric": "throughput", "unit": "img/s", **time.rate(job.batch)._asdict(), "memory_mib": peak}
 
 
-RUNNERS = {"ops": run_ops, "models": run_models, "transformers": video_steps.run, "unets": unet_steps.run}
+RUNNERS = {
+    "ops": run_ops,
+    "models": run_models,
+    "transformers": video_steps.run,
+    "unets": unet_steps.run,
+    "detectors": detectors.run,
+}

@@ -4,7 +4,8 @@ An op suite has ``ops``, ``shapes``, ``dtypes``, ``modes`` and optionally ``prov
 refer to) and ``samples`` (fewer than usual, for calls that take long); a model suite has ``models``, ``batch``,
 ``size``, ``dtypes``, ``modes``, ``compile``, ``channels_last`` and ``accelerate`` (time timm's models under
 `zoo.accelerate` too). Suites with ``transformers`` or ``unets`` time whole models of diffusers, see
-`zoo.bench.video_steps` and `zoo.bench.unet_steps`. The sections ``cpu`` and ``quick`` override keys on a machine
+`zoo.bench.video_steps` and `zoo.bench.unet_steps`, one with ``detectors`` point cloud models, see
+`zoo.bench.detectors`. The sections ``cpu`` and ``quick`` override keys on a machine
 without a GPU and under ``--quick``.
 """
 
@@ -26,6 +27,7 @@ KINDS = {
     "models": (MODEL_KEYS, {"models", "batch", "size"}),
     "transformers": ({"transformers", "dtypes", "compile", "providers", "samples"}, {"transformers"}),
     "unets": ({"unets", "sizes", "batch", "dtypes", "providers"}, {"unets", "sizes"}),
+    "detectors": ({"detectors", "scans", "batches", "providers"}, {"detectors"}),
 }
 OP_MODES = ("forward", "forward+backward")
 MODEL_MODES = ("inference", "train")
@@ -102,7 +104,7 @@ def check_keys(name: str, kind: str, data: dict[str, Any]) -> None:
 
 def check_values(name: str, kind: str, data: dict[str, Any]) -> None:
     """Refuse unknown ops, dtypes and modes, and missing keys."""
-    from zoo.bench import models, unet_steps, video_steps
+    from zoo.bench import detectors, models, unet_steps, video_steps
     from zoo.bench.ops import OPS
 
     missing = sorted(KINDS[kind][1] - set(data))
@@ -113,6 +115,7 @@ def check_values(name: str, kind: str, data: dict[str, Any]) -> None:
         "models": {"modes": MODEL_MODES, "compile": models.COMPILE_MODES},
         "transformers": {"compile": video_steps.COMPILE_MODES, "providers": video_steps.PROVIDERS},
         "unets": {"providers": unet_steps.PROVIDERS},
+        "detectors": {"providers": detectors.PROVIDERS},
     }[kind]
     for key, choices in {"dtypes": DTYPES, **allowed}.items():
         for value in data.get(key, ()):

@@ -13,7 +13,8 @@ and repeats the batch with a larger one if so.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -199,6 +200,27 @@ class PointRuntime:
             return self.detector.nothing(len(clouds), features.device)
         x = self.detector.encode(features.to(self.dtype), voxels)
         return drop_empty(self.detector.head.decode(self._maps(x)), voxels).split()
+
+    @torch.no_grad()
+    def stages(self, points: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
+        """The stages of a call, each ready to run on what the one before makes of these points: `encoder`, `backbone`,
+        `maps` and `boxes`, which suppresses too. For measurements."""
+        detector, clouds = self.detector, self.detector.check(points)
+        capacity = self._first_capacity(clouds) if self.padded else None
+        features, voxels = detector.vfe_module(clouds, capacity)
+        features = features.to(self.dtype)
+
+        def backbone() -> Tensor:
+            return detector.encode_padded(features, voxels)[0] if self.padded else detector.encode(features, voxels)
+
+        x = backbone()
+        maps = self._maps(x)
+        return {
+            "encoder": lambda: detector.vfe_module(clouds, capacity),
+            "backbone": backbone,
+            "maps": lambda: self._maps(x),
+            "boxes": lambda: detector.head.decode(maps),
+        }
 
     def _first_capacity(self, clouds: list[Tensor]) -> int:
         _, voxels = self.detector.vfe_module(clouds)
