@@ -4,7 +4,7 @@ No documentation tool is needed here; `make docs` builds the site.
 """
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import re
 import shlex
@@ -131,7 +131,7 @@ def dotted(node: ast.AST) -> str | None:
     return node.id if isinstance(node, ast.Name) else None
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=name_of)
+@pytest.mark.parametrize("page", [*GUIDES, DOCS / "index.md"], ids=name_of)
 def test_names_and_arguments_of_python_blocks_exist(page):
     names = {}
     for _, code in blocks(page, "python"):
@@ -159,6 +159,8 @@ def test_commands_parse(page):
     for _, text in blocks(page, ""):
         for line in text.splitlines():
             words = shlex.split(line, comments=True)
+            if words[:2] == ["python", "-m"]:
+                assert importlib.util.find_spec(words[2]), line
             if words[:1] != ["zoo"] or "|" in line:
                 continue
             command, rest = words[1], words[2:]
