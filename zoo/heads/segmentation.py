@@ -144,8 +144,8 @@ class PyramidPooling(nn.Module):
         """
         if self.training and len(x) == 1 and 1 in self.sizes:
             raise ValueError(
-                "UPerNet pools the map to one cell, whose batch norm needs more than one image in training: got a batch "
-                "of 1; use a larger batch, or eval() to predict"
+                "UPerNet pools the map to one cell, whose batch norm needs more than one image in training: got a "
+                "batch of one; use a larger batch, or eval() to predict"
             )
         pooled = [
             _resize(conv(F.adaptive_avg_pool2d(x, size)), x.shape[-2:])
