@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from zoo.train.cli import main
@@ -67,6 +68,11 @@ def segmenter(head: str = "semantic_fpn", backbone: str = "resnet10t", **kwargs)
 def trainer(**kwargs) -> Trainer:
     quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
     return Trainer(accelerator="cpu", **(quiet | kwargs))
+
+
+def blank(batches: int) -> DataLoader:
+    batch = torch.zeros(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.long)
+    return DataLoader([batch] * batches, batch_size=None)
 
 
 def pair(height: int, width: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -238,9 +244,8 @@ def test_schedules() -> None:
 
     def rates(**kwargs) -> list[float]:
         watch, module = Rates(), segmenter(lr=1.0, warmup_steps=4, warmup_lr=0.2, **kwargs)
-        batch = torch.zeros(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.long)
         run = trainer(max_steps=10, max_epochs=-1, callbacks=[watch])
-        run.fit(module, [batch] * 3)
+        run.fit(module, blank(3))
         return watch.values
 
     warm = [0.2, 0.4, 0.6, 0.8]
@@ -251,11 +256,9 @@ def test_schedules() -> None:
 
 def test_no_decay() -> None:
     module = segmenter(backbone="biformer_nano", no_decay=["norm"], weight_decay=0.01)
-    module.trainer = trainer(max_steps=10)
-    module.trainer.fit_loop.setup_data = lambda: None
-    module.trainer.fit_loop.max_epochs = 1
-    module.trainer.strategy.connect(module)
-    groups = module.configure_optimizers()["optimizer"].param_groups
+    run = trainer(max_steps=1)
+    run.fit(module, blank(1))
+    groups = run.optimizers[0].param_groups
     exempt = [p for name, p in module.net.named_parameters() if "norm" in name]
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in exempt}
@@ -281,7 +284,7 @@ def test_command_line(ade, tmp_path, monkeypatch, capsys) -> None:
         "data.init_args": dict(root=ade, num_classes=3, crop_size=64, short_side=64, batch_size=2, num_workers=0),
         "model.init_args": dict(backbone="biformer_nano", warmup_steps=1),
         "trainer": dict(
-            accelerator="cpu", devices=1, precision=32, max_steps=2, limit_val_batches=1, check_val_every_n_epoch=1
+            accelerator="cpu", devices=1, precision=32, max_steps=2, limit_val_batches=1, val_check_interval=2
         ),
     }
     options = [f"--{section}.{key}={value}" for section, values in small.items() for key, value in values.items()]
@@ -300,4 +303,4 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="Unknown model"):
         SemanticSegmenter("resnet10tt", 3)
     with pytest.raises(ValueError, match="schedule needs an end"):
-        trainer(max_epochs=-1).fit(segmenter(), [(torch.zeros(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.long))])
+        trainer(max_epochs=-1).fit(segmenter(), blank(1))
