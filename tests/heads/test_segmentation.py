@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.heads.segmentation import FeaturePyramid, SemanticFPNHead, create_segmenter
 from zoo.hub import HubError
@@ -40,14 +41,14 @@ def test_logits_at_the_size_of_the_image(backbone, kwargs, head) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_channels_last_features(head) -> None:
+def test_features_with_channels_last(head) -> None:
     """timm's Swin gives maps [B, H, W, C]; its other extractor gives the same ones as [B, C, H, W]."""
     options = dict(img_size=(64, 96), embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), window_size=4)
     net, other = (
         small("swin_tiny_patch4_window7_224", head, backbone_kwargs=options | extra).eval()
         for extra in ({}, dict(feature_cls="getter"))
     )
-    assert net.channels_last and not other.channels_last
+    assert net.nhwc and not other.nhwc
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         logits = net(x)
@@ -73,6 +74,18 @@ def test_published_widths() -> None:
     assert net.head.fuse[0].weight.shape == (512, 4 * 512, 3, 3)
     # On the third stage.
     assert net.auxiliary.conv[0].weight.shape == (256, 256, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "params", "gmacs"), [("tiny", 61, 954), ("small", 81, 1043), ("base", 121, 1196)], ids=lambda x: str(x)
+)
+def test_published_cost(size, params, gmacs) -> None:
+    """UPerNet on Agent-Swin at 512 x 2048, parameters and operations as published (method: arXiv:2312.08874)."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net = create_segmenter(f"agent_swin_{size}", "upernet", backbone_kwargs=dict(extra_norms=True)).eval()
+        net.forward_training(torch.empty(1, 3, 512, 2048))
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(params, abs=0.7)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.01)
 
 
 def test_pyramid_adds_from_the_top() -> None:
@@ -194,3 +207,24 @@ def test_wrong_inputs() -> None:
         net(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match="needs more than one image in training"):
         net(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", HEADS)
+def test_gpu(head) -> None:
+    """The kernels of a backbone under a head: logits as on the CPU, finite gradients under bf16 autocast."""
+    net, x = small(head=head, auxiliary=True).eval(), torch.randn(2, 3, 129, 150)
+    with torch.no_grad():
+        expected = net(x)
+        net, x = net.cuda(), x.cuda()
+        tf32 = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            torch.testing.assert_close(net(x).cpu(), expected, rtol=1e-3, atol=1e-4)
+        finally:
+            torch.backends.cudnn.allow_tf32 = tf32
+    net.train()
+    with torch.autocast("cuda", torch.bfloat16):
+        logits, auxiliary = net.forward_training(x)
+    (logits.float().square().mean() + auxiliary.float().square().mean()).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())

@@ -242,7 +242,7 @@ class Segmenter(nn.Module):
         channels, strides = [channels[i] for i in self.levels], [strides[i] for i in self.levels]
         self.num_classes = num_classes
         self.backbone = backbone
-        self.channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+        self.nhwc = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
         options = dict(dropout=dropout, **(head_kwargs or {}))
         if head == "semantic_fpn":
             self.head = SemanticFPNHead(channels, strides, num_classes, **options)
@@ -263,7 +263,7 @@ class Segmenter(nn.Module):
         maps = self.backbone(images)
         maps = [maps[i] for i in self.levels]
         # [B, H, W, C] -> [B, C, H, W]
-        return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_last else maps
+        return [x.permute(0, 3, 1, 2) for x in maps] if self.nhwc else maps
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of each pixel.

@@ -113,6 +113,10 @@ class LabelledPixels(Dataset):
         transform: Joint transform of a ``tv_tensors.Image`` and a ``tv_tensors.Mask``.
         num_classes: Number of classes.
         reduce_zero_label: Whether label 0 means no class and label k class k - 1.
+
+    Raises:
+        ValueError: From an item, if labels are no map of one number a pixel, have another size than the image, or name
+            a class that is not below `num_classes`.
     """
 
     def __init__(self, source: Sequence, transform: v2.Transform, num_classes: int, reduce_zero_label: bool = False):
@@ -179,6 +183,9 @@ class SegmentationDataModule(ImageDataModule):
         num_workers: Processes that load images; 0 loads in the main process.
         mean: Mean of each channel that is subtracted, for pixels in [0, 1].
         std: Standard deviation of each channel that is divided by.
+
+    Raises:
+        ValueError: `num_classes` above 255, which is the label of pixels without a class, or below 2; wrong `scale`.
     """
 
     def __init__(
