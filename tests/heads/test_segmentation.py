@@ -210,10 +210,12 @@ def test_wrong_inputs() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("head", HEADS)
 def test_gpu(head) -> None:
     """The kernels of a backbone under a head: logits as on the CPU, finite gradients under bf16 autocast."""
-    net, x = small(head=head, auxiliary=True).eval(), torch.randn(2, 3, 129, 150)
+    # Without routing, whose choices may turn on a rounding error.
+    net, x = small("halo_nano", head, auxiliary=True).eval(), torch.randn(2, 3, 129, 150)
     with torch.no_grad():
         expected = net(x)
         net, x = net.cuda(), x.cuda()
