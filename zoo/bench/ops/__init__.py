@@ -7,6 +7,7 @@ from zoo.bench.ops.depthwise_conv import DepthwiseConv
 from zoo.bench.ops.factorized import CrossWindowPool, FactorizedAttention
 from zoo.bench.ops.flat_window import FlatWindowAttention, FlatWindowBlock, VoxelMax
 from zoo.bench.ops.halo import HaloAttention, HaloLayer
+from zoo.bench.ops.rotated_iou import RotatedOverlap
 from zoo.bench.ops.scatter_linear import ScatterLinear
 from zoo.bench.ops.sparse_conv import SparseConv, SparseDepthwiseConv
 from zoo.bench.ops.tile_sparse import TileSparseAttention
@@ -21,14 +22,15 @@ OPS: dict[str, Op] = {
     "cross_window_pool": CrossWindowPool(),
     "depthwise_conv": DepthwiseConv(),
     "factorized_attention": FactorizedAttention(),
+    "flat_window_attention": FlatWindowAttention(),
+    "flat_window_block": FlatWindowBlock(),
     "halo_attention": HaloAttention(),
     "halo_layer": HaloLayer(),
+    "rotated_overlap": RotatedOverlap(),
     "scatter_linear": ScatterLinear(),
     "sparse_conv": SparseConv(),
     "sparse_depthwise_conv": SparseDepthwiseConv(),
     "tile_sparse_attention": TileSparseAttention(),
     "token_select": TokenSelect(),
-    "flat_window_attention": FlatWindowAttention(),
-    "flat_window_block": FlatWindowBlock(),
     "voxel_max": VoxelMax(),
 }
