@@ -22,6 +22,8 @@ def assert_as_exact_as_torch(
 ) -> None:
     """Error to the float64 reference at most twice that of the reference run in the inputs' own dtype.
 
+    That holds for the root mean square. The largest error of few thousand values is a matter of luck, so it may be four
+    times the reference's: backward kernels take sum(do * out) from a rounded `out`, which the reference does not.
     Gradients may vanish where there is nothing to choose from; then they are judged by the size of the output's.
     """
     exact = with_gradients(reference, [x.double() for x in inputs], grad.double())
@@ -31,6 +33,15 @@ def assert_as_exact_as_torch(
         assert a.shape == e.shape and a.dtype == p.dtype, f"{name}: {a.shape} {a.dtype}, expected {e.shape} {p.dtype}"
         assert torch.isfinite(a).all(), f"{name} is not finite"
         size = e.abs().max() if name == "out" else torch.maximum(e.abs().max(), grad.double().abs().max())
-        allowed = 2 * (p.double() - e).abs().max() + 1e-5 * size
-        error = (a.double() - e).abs().max()
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+        for kind, factor, measure in (("root mean square", 2, _root_mean_square), ("largest", 4, _largest)):
+            allowed = factor * measure(p.double() - e) + 1e-5 * size
+            error = measure(a.double() - e)
+            assert error <= allowed, f"{name}: {kind} error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.abs().max()

@@ -103,7 +103,7 @@ def test_results_do_not_depend_on_gradients() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("n", "side", "threshold"), [(1, 1, 0.5), (33, 3, 0.3), (150, 20, 0.1), (90, 4, 0.0)])
+@pytest.mark.parametrize(("n", "side", "threshold"), [(1, 1, 0.5), (33, 3, 0.3), (150, 20, 0.1), (90, 4, 0.01)])
 def test_suppression_is_greedy(device: str, n: int, side: float, threshold: float) -> None:
     rectangles, scores = boxes(n, side=side, device=device), torch.rand(n, device=device)
     scores[::7] = -math.inf
@@ -117,7 +117,8 @@ def test_suppression_is_greedy(device: str, n: int, side: float, threshold: floa
 @pytest.mark.parametrize("device", DEVICES)
 def test_groups_are_apart_and_have_their_own_threshold(device: str) -> None:
     rectangles, scores = boxes(2, 3, 70, side=12, device=device), torch.rand(2, 3, 70, device=device)
-    threshold = torch.tensor([[0.1, 0.5, 2.0], [0.0, 0.3, 0.7]], device=device)
+    # None at 0, where whether rectangles that are apart overlap is a matter of rounding.
+    threshold = torch.tensor([[0.1, 0.5, 2.0], [0.01, 0.3, 0.7]], device=device)
     index, count = rotated_nms(rectangles, scores, threshold, max_output=20, limit=50)
     assert index.shape == (2, 3, 20) and count.shape == (2, 3) and count.dtype == torch.int32
     assert count[0, 2] == 20

@@ -451,7 +451,7 @@ def test_kernel_on_a_long_sequence(D: int, tile: tuple, descriptors: bool, monke
     layout = Layout((11, 31, 33), 226, "last", tile)
     patterns = (Diagonal(1), MultiDiagonal(0.5), VerticalStripe(frames=(0,)), Full())
     q, k, v = (torch.randn(1, 4, layout.tokens, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    if descriptors and not triton_descriptors.can_describe(layout, None, q, k, v):
+    if descriptors and not triton_descriptors.can_describe(layout, q, k, v):
         pytest.skip("no tensor descriptors here")
     args = (torch.arange(4, device="cuda"), patterns, layout)
     assert_as_exact_as_torch(

@@ -433,7 +433,7 @@ def forward(
         return out, lse
     q, k, v = _unit_channels(q, k, v)
     ids, order, length = _tables(q, pattern_ids, table, layout, text_length)
-    if not fp8 and triton_descriptors.can_describe(layout, text_length, q, k, v):
+    if not fp8 and triton_descriptors.can_describe(layout, q, k, v):
         triton_descriptors.forward(q, k, v, out, lse, ids, order, table.rows, table.tiles, length, layout, scale)
         return out, lse
     p, (B, M) = plan(layout, q.shape[-1], q.dtype, scale, fp8), q.shape[:2]

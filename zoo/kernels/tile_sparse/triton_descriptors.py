@@ -152,12 +152,8 @@ def rows_of(x: Tensor) -> Rows | None:
     return None
 
 
-def can_describe(layout: Layout, text_length: Tensor | None, *tensors: Tensor) -> bool:
+def can_describe(layout: Layout, *tensors: Tensor) -> bool:
     """Whether the kernels take these queries, keys and values."""
-    # A comparison of two samples with padded text on an H100 was off by more than its tolerance, and is not understood
-    # yet: both are left to the generic kernel.
-    if text_length is not None or tensors[0].shape[0] > 1:
-        return False
     tiles_fit = (tensors[0].shape[-1], layout.tile) in CONFIGS and layout.granularity == "block"
     return tiles_fit and all(_is_aligned(x) for x in tensors)
 
