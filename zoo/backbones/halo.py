@@ -56,6 +56,26 @@ def _legal_sides(side: int, block: int) -> str:
     return f"{below} or {below + block}" if below else str(block)
 
 
+def _project(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution of a channels-last map, [B, C, H, W] -> [B, H', W', C'].
+
+    As a linear map of its pixels: the gradients of cuDNN's convolution take several times as long. Hooks, and modules
+    in the convolution's place (adapters, parametrisations), get their call.
+    """
+    if (
+        type(conv) is not nn.Conv2d
+        or conv._forward_hooks
+        or conv._forward_pre_hooks
+        or conv._backward_hooks
+        or conv._backward_pre_hooks
+    ):
+        return conv(x).permute(0, 2, 3, 1)
+    x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
+    if conv.stride != (1, 1):
+        x = x[:, :: conv.stride[0], :: conv.stride[1]]
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
 @register_notrace_module
 class HaloAttention(HaloAttn):
     """Blocked local self-attention: queries of a block attend to the block and a halo around it.
@@ -141,8 +161,7 @@ class HaloAttention(HaloAttn):
         if not channels_last:
             # One copy of x; otherwise the op makes one of each projection.
             x = x.contiguous(memory_format=torch.channels_last)
-        # [B, C, H, W] -> [B, H, W, C]
-        q, kv = (conv(x).permute(0, 2, 3, 1) for conv in (self.q, self.kv))
+        q, kv = _project(self.q, x), _project(self.kv, x)
         pooled = isinstance(self.pool, nn.AvgPool2d)
         out = self._pooled(q, kv) if pooled else self._attend(q, kv).permute(0, 3, 1, 2)
         return out if channels_last else out.contiguous()
