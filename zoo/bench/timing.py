@@ -53,15 +53,17 @@ def input_sets(nbytes: int, device: torch.device) -> int:
 def wall_time(calls: Sequence[Call], device: torch.device, samples: int, min_seconds: float = 2e-3) -> Timing:
     """Wall time of one call, launches and host work included, over rotating ``calls``.
 
-    A sample covers enough calls to last ``min_seconds`` and ends with one synchronisation.
+    A sample covers enough calls to last ``min_seconds``, one call at 0, and ends with one synchronisation.
     """
     for call in calls:
         call()
     synchronize(device)
-    start = time.perf_counter()
-    calls[0]()
-    synchronize(device)
-    repeats = max(1, min(100, math.ceil(min_seconds / max(time.perf_counter() - start, 1e-7))))
+    repeats = 1
+    if min_seconds > 0:
+        start = time.perf_counter()
+        calls[0]()
+        synchronize(device)
+        repeats = max(1, min(100, math.ceil(min_seconds / max(time.perf_counter() - start, 1e-7))))
     values, turn = [], 0
     for _ in range(samples):
         synchronize(device)

@@ -41,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-tokens", type=_positive, default=60, help="of the prompt (default: %(default)s)")
     parser.add_argument("--image", type=Path, help="image file, with --prompt: goes through the model's processor")
     parser.add_argument("--prompt", help="question about --image")
-    parser.add_argument("--samples", type=_positive, default=10, help="timed runs (default: %(default)s)")
+    parser.add_argument(
+        "--samples",
+        type=_positive,
+        default=10,
+        help="timed runs to the first token; a third as many to the last (default: %(default)s)",
+    )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, float32 on a CPU"
     )
@@ -64,10 +69,12 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for batch in args.batch:
         inputs = make_inputs(args, model, batch, device, dtype)
-        rows += list(profile(args, model, inputs))
+        for row in profile(args, model, inputs):
+            rows.append(row)
+            if args.out:
+                append(args.out, row)
     show(rows)
     if args.out:
-        append(args.out, rows)
         print(f"wrote {args.out}")
     return 0
 
@@ -227,7 +234,8 @@ def measure(args: argparse.Namespace, handle: Any, inputs: dict[str, Any], launc
     cache_bytes, visual_tokens, prompt_tokens = sizes()
     with torch.no_grad():
         prefill = wall_time([first], device, args.samples, 0.0)
-        whole = wall_time([several], device, args.samples, 0.0) if args.new_tokens > 1 else prefill
+        # A run of many tokens says as much as several of the first one.
+        whole = wall_time([several], device, -(-args.samples // 3), 0.0) if args.new_tokens > 1 else prefill
     synchronize(device)
     step = (whole.p50 - prefill.p50) / max(args.new_tokens - 1, 1)
     return {
@@ -294,8 +302,8 @@ def describe(args: argparse.Namespace, model: Any, inputs: dict[str, Any]) -> di
     }
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a CSV file, with a header if the file is new."""
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a CSV file, with a header if the file is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists() or path.stat().st_size == 0
     if not fresh:
@@ -306,8 +314,7 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         if fresh:
             writer.writeheader()
-        for row in rows:
-            writer.writerow({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerow({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()})
 
 
 def show(rows: list[dict[str, Any]]) -> None:
