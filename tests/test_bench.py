@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 
-from zoo.bench import gate, main, models, report, runner, suites, timing, unet_steps, video_steps
+from zoo.bench import gate, main, models, report, resolution, runner, suites, timing, unet_steps, video_steps
 from zoo.bench.ops import OPS, Op
 from zoo.bench.ops.bilevel_routing import plain_attention, routed_block_mask, sdpa_attention
 from zoo.bench.ops.tile_sparse_flex import flex, flex_kernel, gather_tokens
+from zoo.kernels import _dispatch
 from zoo.kernels.tile_sparse import density
 from zoo.kernels.tile_sparse.patterns import tile_map
 
@@ -572,3 +573,99 @@ def test_a_scan_that_cannot_be_read_fails_alone(write_suite, tmp_path, capsys):
     path = write_suite(detectors=["flatformer_nano"], scans=["missing.bin"], providers=["module"])
     assert main([path, "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "missing.bin" in capsys.readouterr().err
+
+
+def test_plain_models_run_on_references(write_suite, tmp_path, monkeypatch):
+    suite = write_suite(models=["test_convnext", "favit_nano"], plain=True, batch=1, size=64, modes=["train"])
+    choices = []
+    monkeypatch.setattr(
+        "zoo.kernels.factorized.op.use_triton",
+        lambda backend, can_run: choices.append(_dispatch.use_triton(backend, lambda explain: True)),
+    )
+    assert quick(suite, "--out", str(tmp_path)) == 0
+    assert [row["provider"] for row in rows_of(tmp_path / "toy.csv")] == ["timm", "zoo", "plain"]
+    half = len(choices) // 2
+    assert half
+    assert choices == [True] * half + [False] * half
+
+
+def test_reference_only_covers_the_automatic_choice_alone():
+    with pytest.raises(KeyError), _dispatch.reference_only():
+        assert not _dispatch.use_triton("auto", lambda explain: True)
+        assert _dispatch.use_triton("triton", lambda explain: True)
+        raise KeyError
+    assert _dispatch.use_triton("auto", lambda explain: True)
+
+
+def test_compiled_models_follow_reference_only():
+    def both(x):
+        return x + 1 if _dispatch.use_triton("auto", lambda explain: True) else x - 1
+
+    compiled = torch.compile(both, fullgraph=True, backend="eager")
+    x = torch.zeros(2)
+    for _ in range(2):
+        assert compiled(x)[0] == 1
+        with _dispatch.reference_only():
+            assert compiled(x)[0] == -1
+
+
+def test_sweep_goes_over_sizes(tmp_path):
+    assert quick("resolution", "--filter", "inference", "--out", str(tmp_path)) == 0
+    rows = rows_of(tmp_path / "resolution.csv")
+    assert [(row["name"], row["provider"], row["config"]) for row in rows] == [
+        (name, provider, f"size={size} batch=1")
+        for name, provider in (("test_vit", "timm"), ("agent_nano", "zoo"), ("agent_nano", "plain"))
+        for size in (64, 96)
+    ]
+    assert all(float(row["p50"]) > 0 and row["unit"] == "ms" for row in rows)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_out_of_memory_is_a_result(write_suite, tmp_path, monkeypatch, error):
+    build = models.build
+
+    def limited(job):
+        if job.size > 32:
+            raise error
+        return build(job)
+
+    monkeypatch.setattr(models, "build", limited)
+    suite = write_suite(sweep=["test_vit"], sizes=[96, 32, 64])
+    assert quick(suite, "--out", str(tmp_path)) == 0
+    rows = rows_of(tmp_path / "toy.csv")
+    # The largest size is not tried.
+    assert [(row["config"], row["mode"], row["metric"]) for row in rows] == [
+        (f"size={size} batch=1", mode, metric)
+        for mode in resolution.MODES
+        for size, metric in ((32, "step_time"), (64, "out_of_memory"))
+    ]
+    assert not rows[1]["p50"]
+    pytest.importorskip("matplotlib")
+    assert main(["--plot", str(tmp_path / "toy.csv")]) == 0
+    assert (tmp_path / "toy.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_other_failures_of_a_sweep_fail(write_suite, tmp_path, monkeypatch, capsys):
+    def broken(job):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(models, "build", broken)
+    assert quick(write_suite(sweep=["test_vit"], sizes=[32]), "--out", str(tmp_path)) == 1
+    assert "no kernel image" in capsys.readouterr().err
+    assert not (tmp_path / "toy.csv").exists()
+
+
+def test_unknown_model_of_a_sweep_fails(write_suite, capsys):
+    assert quick(write_suite(sweep=["no_such_model"], sizes=[32])) == 1
+    assert "no_such_model" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_fit_is_a_result(write_suite, tmp_path, monkeypatch):
+    def full(job):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(models, "build", full)
+    assert quick(write_suite(models=["test_vit"], batch=1, size=32, modes=["train"]), "--out", str(tmp_path)) == 0
+    assert [row["metric"] for row in rows_of(tmp_path / "toy.csv")] == ["out_of_memory"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from zoo.accelerate import accelerate
+from zoo.kernels._dispatch import reference_only
 
 # Modes of torch.compile, and "none" for eager. "reduce-overhead" replays CUDA graphs.
 COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune")
@@ -43,7 +45,7 @@ class Job:
     compile: str
     channels_last: bool
     device: torch.device
-    # What `providers_of` names: "accelerate" runs timm's model on our ops.
+    # What `providers_of` names: "accelerate" runs timm's model on our ops, "plain" ours without kernels.
     provider: str = ""
 
     @property
@@ -60,19 +62,30 @@ def provider_of(model: str) -> str:
     return "zoo" if timm.model_entrypoint(model).__module__.startswith("zoo.") else "timm"
 
 
-def providers_of(model: str, accelerate: bool) -> list[str]:
-    """Who runs a model: its own package, and for a model of timm `zoo.accelerate` too where the suite asks for it."""
+def providers_of(model: str, accelerate: bool, plain: bool = False) -> list[str]:
+    """Who runs a model: its own package, and where the suite asks for it `zoo.accelerate` or separate torch operations.
+
+    Args:
+        model: Name of the model.
+        accelerate: Whether to run a model of timm under `zoo.accelerate` too.
+        plain: Whether to run a model of ours on the references of its ops too.
+    """
     own = provider_of(model)
-    return [own, "accelerate"] if accelerate and own == "timm" else [own]
+    second = {"timm": ["accelerate"] * accelerate, "zoo": ["plain"] * plain}
+    return [own, *second[own]]
 
 
 def build(job: Job) -> Callable[[], Any]:
-    """Make the model and its inputs and return one step: a forward pass, or forward, backward and AdamW update."""
+    """Make the model and its inputs and return one step.
+
+    A step is a forward pass (``inference``), one with a backward pass (``forward+backward``), or that and an AdamW
+    update (``train``).
+    """
     torch.manual_seed(0)
     model = timm.create_model(job.model, **size_argument(job.model, job.size))
     if job.provider == "accelerate":
         accelerate(model)
-    model = model.to(job.device).train(job.mode == "train")
+    model = model.to(job.device).train(job.mode != "inference")
     images = torch.randn(job.batch, 3, job.size, job.size, device=job.device)
     if job.channels_last:
         model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
@@ -83,23 +96,32 @@ def build(job: Job) -> Callable[[], Any]:
     if job.mode == "inference":
 
         def step() -> torch.Tensor:
-            with torch.no_grad(), autocast:
+            with kernels_of(job.provider), torch.no_grad(), autocast:
                 return forward(images)
 
         return step
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    optimizer = None
+    if job.mode == "train":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     target = torch.randint(model.num_classes, (job.batch,), device=job.device)
 
     def step() -> torch.Tensor:
-        with autocast:
-            loss = F.cross_entropy(forward(images), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with kernels_of(job.provider):
+            with autocast:
+                loss = F.cross_entropy(forward(images), target)
+            loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
         return loss.detach()
 
     return step
+
+
+def kernels_of(provider: str) -> contextlib.AbstractContextManager[None]:
+    """Where a provider's steps run: without our kernels for ``plain``."""
+    return reference_only() if provider == "plain" else contextlib.nullcontext()
 
 
 def size_argument(model: str, size: int) -> dict[str, int]:

@@ -167,6 +167,8 @@ def plot(source: Path, target: Path | None = None) -> Path:
         ImportError: matplotlib is missing.
         ValueError: There is nothing to draw.
     """
+    from zoo.bench import resolution
+
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -177,6 +179,9 @@ def plot(source: Path, target: Path | None = None) -> Path:
     rows = [row for row in latest.values() if row.get("p50")]
     if not rows:
         raise ValueError(f"{source} holds no results")
+    target = target or source.with_suffix(".png")
+    if all(row["metric"] == resolution.METRIC for row in rows):
+        return resolution.plot(list(latest.values()), target)
     panels: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
         # Models of a suite share a panel, so that they can be compared.
@@ -193,7 +198,6 @@ def plot(source: Path, target: Path | None = None) -> Path:
         panel.sort(key=lambda row: (subjects.index((row["name"], row["config"])), providers.index(row["provider"])))
     for axis, (titles, panel) in zip(axes, panels.items(), strict=True):
         draw_panel(axis, " | ".join(titles), panel, providers)
-    target = target or source.with_suffix(".png")
     figure.savefig(target, dpi=120)
     return target
 

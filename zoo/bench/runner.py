@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from zoo.bench import detectors, gate, models, report, suites, timing, unet_steps, video_steps
+from zoo.bench import detectors, gate, models, report, resolution, suites, timing, unet_steps, video_steps
 from zoo.bench.ops import OPS, Inputs, Op, Provider, input_bytes
 
 BASELINE_MODES = {"forward": False, "forward+backward": True}
@@ -316,7 +316,7 @@ def jobs(suite: suites.Suite, options: Options) -> Iterator[tuple[models.Job, st
     """The measurements of a model suite with their dtype's name, after the filters."""
     settings = suite.settings
     for model in settings["models"]:
-        providers = models.providers_of(model, settings.get("accelerate", False))
+        providers = models.providers_of(model, settings.get("accelerate", False), settings.get("plain", False))
         for dtype in options.dtypes or settings.get("dtypes", ["float32"]):
             for mode in settings.get("modes", suites.MODEL_MODES):
                 for compiled, provider in itertools.product(settings.get("compile", ["none"]), providers):
@@ -337,6 +337,7 @@ def jobs(suite: suites.Suite, options: Options) -> Iterator[tuple[models.Job, st
 
 def run_models(suite: suites.Suite, options: Options, outcome: Outcome) -> None:
     """Time or profile every model of a suite."""
+    options = dataclasses.replace(options, most_samples=suite.settings.get("samples"))
     try:
         todo = list(jobs(suite, options))
     except ValueError as error:
@@ -350,8 +351,8 @@ def run_models(suite: suites.Suite, options: Options, outcome: Outcome) -> None:
             if options.profile:
                 report.show_profile(label, models.profile(job))
                 continue
-            values = measure_model(job, options)
-        except Exception as error:  # out of memory, a compiler's failure: this job only
+            values = resolution.or_out_of_memory(lambda job=job: measure_model(job, options))
+        except Exception as error:  # a compiler's failure, for instance: this job only
             outcome.fail(f"{label}: {summary(error)}")
             continue
         row = report.make_row(
@@ -392,6 +393,7 @@ def measure_model(job: models.Job, options: Options) -> dict[str, Any]:
 RUNNERS = {
     "ops": run_ops,
     "models": run_models,
+    "sweep": resolution.run,
     "transformers": video_steps.run,
     "unets": unet_steps.run,
     "detectors": detectors.run,

@@ -2,9 +2,10 @@
 
 An op suite has ``ops``, ``shapes``, ``dtypes``, ``modes`` and optionally ``providers``, ``baseline`` (whom speed-ups
 refer to) and ``samples`` (fewer than usual, for calls that take long); a model suite has ``models``, ``batch``,
-``size``, ``dtypes``, ``modes``, ``compile``, ``channels_last`` and ``accelerate`` (time timm's models under
-`zoo.accelerate` too). Suites with ``transformers`` or ``unets`` time whole models of diffusers, see
-`zoo.bench.video_steps` and `zoo.bench.unet_steps`, one with ``detectors`` point cloud models, see
+``size``, ``dtypes``, ``modes``, ``compile``, ``channels_last``, ``accelerate`` (time timm's models under
+`zoo.accelerate` too), ``plain`` (time ours on the references of their ops too) and ``samples``. One with ``sweep``
+times models over image sizes, see `zoo.bench.resolution`. Suites with ``transformers`` or ``unets`` time whole models
+of diffusers, see `zoo.bench.video_steps` and `zoo.bench.unet_steps`, one with ``detectors`` point cloud models, see
 `zoo.bench.detectors`. The sections ``cpu`` and ``quick`` override keys on a machine
 without a GPU and under ``--quick``.
 """
@@ -20,11 +21,13 @@ import torch
 import yaml
 
 OP_KEYS = {"ops", "shapes", "dtypes", "modes", "providers", "baseline", "batch", "samples"}
-MODEL_KEYS = {"models", "batch", "size", "dtypes", "modes", "compile", "channels_last", "accelerate"}
+MODEL_KEYS = {"models", "batch", "size", "dtypes", "modes", "samples"}
+MODEL_KEYS |= {"compile", "channels_last", "accelerate", "plain"}
 # Kinds of suites by the key that tells them, with the keys that they may have and those that they must.
 KINDS = {
     "ops": (OP_KEYS, {"ops", "shapes"}),
     "models": (MODEL_KEYS, {"models", "batch", "size"}),
+    "sweep": ({"sweep", "sizes", "batch", "dtypes", "modes", "plain", "samples"}, {"sweep", "sizes"}),
     "transformers": ({"transformers", "dtypes", "compile", "providers", "samples"}, {"transformers"}),
     "unets": ({"unets", "sizes", "batch", "dtypes", "providers"}, {"unets", "sizes"}),
     "detectors": ({"detectors", "scans", "batches", "providers"}, {"detectors"}),
@@ -104,7 +107,7 @@ def check_keys(name: str, kind: str, data: dict[str, Any]) -> None:
 
 def check_values(name: str, kind: str, data: dict[str, Any]) -> None:
     """Refuse unknown ops, dtypes and modes, and missing keys."""
-    from zoo.bench import detectors, models, unet_steps, video_steps
+    from zoo.bench import detectors, models, resolution, unet_steps, video_steps
     from zoo.bench.ops import OPS
 
     missing = sorted(KINDS[kind][1] - set(data))
@@ -113,6 +116,7 @@ def check_values(name: str, kind: str, data: dict[str, Any]) -> None:
     allowed = {
         "ops": {"ops": OPS, "modes": OP_MODES},
         "models": {"modes": MODEL_MODES, "compile": models.COMPILE_MODES},
+        "sweep": {"modes": resolution.MODES},
         "transformers": {"compile": video_steps.COMPILE_MODES, "providers": video_steps.PROVIDERS},
         "unets": {"providers": unet_steps.PROVIDERS},
         "detectors": {"providers": detectors.PROVIDERS},

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "reference")
+# What backend="auto" stands for within `reference_only`; compiled graphs guard on it.
+_auto_is_reference = False
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Let backend="auto" mean the reference, for whole models in the plain formulation; for all threads."""
+    global _auto_is_reference
+    before, _auto_is_reference = _auto_is_reference, True
+    try:
+        yield
+    finally:
+        _auto_is_reference = before
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -27,6 +41,8 @@ def use_triton(backend: str, can_run: Callable[[bool], bool]) -> bool:
     """Decide the backend; `can_run(raise_error)` explains a refusal when asked to."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
+    if backend == "auto" and _auto_is_reference:
+        return False
     return backend != "reference" and can_run(backend == "triton")
 
 
