@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN, RetinaNet
+from torchvision.models.detection._utils import encode_boxes
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
@@ -141,7 +142,7 @@ class PaddedRetinaNet(RetinaNet):
         logits, deltas = head_outputs["cls_logits"].float(), head_outputs["bbox_regression"].float()
         valid = labels >= 0
         # Boxes of no extent have no logarithm.
-        boxes = torch.where(valid[..., None], boxes, boxes.new_tensor(1.0).expand(4).cumsum(0))
+        boxes = torch.where(valid[..., None], boxes, torch.arange(4, dtype=boxes.dtype, device=boxes.device))
         matcher = self.proposal_matcher
         matched = match_anchors(anchors, boxes, valid, matcher.low_threshold, matcher.high_threshold)
         foreground = matched >= 0
@@ -152,8 +153,9 @@ class PaddedRetinaNet(RetinaNet):
         focal = sigmoid_focal_loss(logits, hot.to(logits.dtype)) * (matched != _BETWEEN)[..., None]
         # [B, A, 4]
         chosen = boxes.gather(1, place[..., None].expand(-1, -1, 4))
-        wanted = self.box_coder.encode_single(chosen.flatten(0, 1), anchors.repeat(len(boxes), 1)).view_as(deltas)
-        distance = torch.where(foreground[..., None], (deltas - wanted).abs(), 0.0)
+        # The coder's own method would copy its weights, which are ones, from the host.
+        wanted = encode_boxes(chosen.flatten(0, 1), anchors.repeat(len(boxes), 1), anchors.new_ones(4))
+        distance = (deltas - wanted.view_as(deltas)).abs() * foreground[..., None]
         return {
             "classification": (focal.sum((1, 2)) / count).mean(),
             "bbox_regression": (distance.sum((1, 2)) / count).mean(),

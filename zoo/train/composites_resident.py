@@ -9,7 +9,7 @@ kept, whenever the run ends. For real data use ``zoo fit``.
 from __future__ import annotations
 
 import argparse
-import itertools
+import copy
 import math
 import signal
 import time
@@ -117,16 +117,54 @@ class TaskStep(Step):
             return self.task.loss(self.net, self.x, self.target)
 
 
-def training_batches(
-    source: CompositeSource, task: Task, net: ImageModel, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of new scenes: normalised images and targets."""
-    # Kept on the device, because a copy from the host would wait for it.
-    mean, std = (torch.tensor(values, device=source.photos.device).view(3, 1, 1) for values in (net.mean, net.std))
-    for number in itertools.count():
-        index = torch.arange(number * batch_size, (number + 1) * batch_size, device=source.photos.device)
-        scenes = source(index)
-        yield (scenes.pixels - mean) / std, task.target(scenes)
+class TrainingBatches(Iterator):
+    """Endless batches of new scenes: normalised images and targets, made by one CUDA graph where there is a GPU.
+
+    A batch is overwritten by the next one there.
+
+    Args:
+        source: Of the scenes.
+        task: Gives the targets.
+        net: Gives the normalisation.
+        batch_size: Scenes of a batch.
+
+    Attributes:
+        count: Batches that were given.
+    """
+
+    def __init__(self, source: CompositeSource, task: Task, net: ImageModel, batch_size: int) -> None:
+        self.source, self.task, self.count = source, task, 0
+        device = source.photos.device
+        # A graph cannot copy them from the host.
+        self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (net.mean, net.std))
+        self.index = torch.arange(batch_size, device=device)
+        self.graph = None
+        if device.type == "cuda":
+            self._capture()
+
+    @torch.no_grad()
+    def _make(self) -> tuple[Tensor, Tensor]:
+        scenes = self.source(self.index)
+        self.index += len(self.index)
+        return (scenes.pixels - self.mean) / self.std, self.task.target(scenes)
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._make()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.batch = self._make()
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        self.count += 1
+        if self.graph is None:
+            return self._make()
+        self.graph.replay()
+        return self.batch
 
 
 @torch.no_grad()
@@ -178,7 +216,7 @@ def train(step: TaskStep, batches: Iterator[tuple[Tensor, Tensor]], seconds: flo
                     raise RuntimeError(f"the loss of step {i} is {float(loss)}; try a smaller --lr")
                 print(f"step {i}, {time.monotonic() - start:.0f} s, loss {float(loss):.3f}", flush=True)
             if progress >= min(1.0, tenth / 10):
-                keeper.offer(step.average, f"{progress:4.0%} of the time, {i + 1} steps")
+                keeper.offer(step.average, f"{progress:4.0%} of the time, step {i}")
                 # Slow machines may pass several tenths in a step.
                 tenth = int(10 * progress) + 1
             if progress >= 1:
@@ -190,13 +228,15 @@ def train(step: TaskStep, batches: Iterator[tuple[Tensor, Tensor]], seconds: flo
 
 
 _DETAILS = """Scenes: up to six garments of Fashion-MNIST (MIT licence), tinted, turned and scaled, over crops of
-photographs with exact masks (`zoo.train.data.composites`). Training: 55,000 of the training images of Fashion-MNIST
-and photographs that the other splits do not use, no scene twice. Validation: {val} scenes of the 5,000 other training
-images, by which the network was chosen among ten averages of the run. Test: {test} scenes of the official 10,000 test
-images, measured once on the file as it is stored.
+photographs of {photos} with exact masks (`zoo.train.data.composites`). Training: 55,000 of the training
+images of Fashion-MNIST and {train_photos} photographs, no scene twice. Validation: {val} scenes of the 5,000 other
+training images, by which the network was chosen among ten averages of the run. Test: {test} scenes of the official
+10,000 test images, measured once on the file as it is stored. Validation and test share {held_out} photographs that
+training does not use.
 
 Recipe: `python -m zoo.train.composites_resident {task}`, seed {seed}, {steps} steps of {batch} scenes of {size} pixels
-in {minutes:.1f} minutes on {device}. The backbone started from {backbone}. Other seeds have not been trained.
+in {minutes:.1f} minutes on {device}. The backbone started from {backbone}.
+Other seeds have not been trained.
 
 The model knows no clothes but drawn ones of this kind: it is an example of the network and its training, not a tool for
 photographs."""
@@ -215,7 +255,7 @@ def save(net: ImageModel, folder: Path, metrics: dict[str, float], details: str 
         results=details,
         **(dict(address=folder.name) if named else {}),
     )
-    hub.save_model(net, folder, card=card, metrics=metrics, half=True)
+    hub.save_model(copy.deepcopy(net).cpu(), folder, card=card, metrics=metrics, half=True)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -259,18 +299,18 @@ def main(argv: list[str] | None = None) -> None:
     val, test = (CompositeSource(args.root, split, seed=_HELD_OUT_SEED, **options) for split in ("val", "test"))
     net = _network(args, task, device)
     recipe = Recipe(epochs=0, batch_size=args.batch_size, lr=args.lr, ema=0.998)
-    batches = training_batches(source, task, net, args.batch_size)
+    batches = TrainingBatches(source, task, net, args.batch_size)
     step = TaskStep(task, net, recipe, next(batches))
-    counter = _Counter(batches)
     keeper = Keeper(task, args.out, lambda x: evaluate(task, x, val, args.val_scenes), lambda x: print(x, flush=True))
     start = time.monotonic()
-    train(step, counter, 60 * args.minutes, args.lr, keeper)
+    train(step, batches, 60 * args.minutes, args.lr, keeper)
     minutes = (time.monotonic() - start) / 60
     stored = create_model(f"local-dir:{args.out}", pretrained=True).to(device)
     metrics = {f"val_{name}": value for name, value in evaluate(task, stored, val, args.val_scenes).items()}
     metrics.update(evaluate(task, stored, test, args.test_scenes))
     details = _DETAILS.format(
-        val=args.val_scenes, test=args.test_scenes, task=args.task, seed=args.seed, steps=counter.count,
+        photos=Path(args.backgrounds).name if args.backgrounds else "zoo/samples (CC0)",
+        train_photos=len(source.photos), held_out=len(test.photos), val=args.val_scenes, test=args.test_scenes, task=args.task, seed=args.seed, steps=batches.count - 1,
         batch=args.batch_size, size=args.image_size, minutes=minutes,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "a CPU",
         backbone="random weights" if args.scratch else "weights of this package trained on the same images",
@@ -278,17 +318,6 @@ def main(argv: list[str] | None = None) -> None:
     save(stored, args.out, metrics, details)
     print("test " + " ".join(f"{name} {value:.2f} %" for name, value in metrics.items()), flush=True)
     print(f"wrote {args.out}", flush=True)
-
-
-class _Counter(Iterator):
-    """Counts what an iterator gave."""
-
-    def __init__(self, items: Iterator) -> None:
-        self.items, self.count = items, 0
-
-    def __next__(self):
-        self.count += 1
-        return next(self.items)
 
 
 if __name__ == "__main__":

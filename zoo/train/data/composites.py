@@ -8,6 +8,7 @@ in those of validation and test, whose garments are from other images too.
 
 from __future__ import annotations
 
+import functools
 import math
 import tarfile
 from dataclasses import dataclass
@@ -48,11 +49,7 @@ def photographs(split: str, device: torch.device | str = "cpu", root: str | Path
         FileNotFoundError: Fewer than four photographs.
     """
     root = Path(root or SAMPLES)
-    images = [_load(path) for path in sorted(root.rglob("*")) if path.suffix.lower() in _SUFFIXES]
-    for path in sorted(root.rglob("*.tar")):
-        with tarfile.open(path) as tar:
-            names = sorted(name for name in tar.getnames() if Path(name).suffix.lower() in _SUFFIXES)
-            images += [_load(tar.extractfile(name)) for name in names]
+    images = _read(root)
     if len(images) < _HELD_OUT:
         raise FileNotFoundError(
             f"needs {_HELD_OUT} photographs ({', '.join(_SUFFIXES)}, or in .tar) in {root}, found {len(images)}"
@@ -60,6 +57,16 @@ def photographs(split: str, device: torch.device | str = "cpu", root: str | Path
     held_out = split != "train"
     chosen = [image for i, image in enumerate(images) if (i % _HELD_OUT == _HELD_OUT - 1) == held_out]
     return torch.stack(chosen).to(device)
+
+
+@functools.lru_cache(1)
+def _read(root: Path) -> list[Tensor]:
+    images = [_load(path) for path in sorted(root.rglob("*")) if path.suffix.lower() in _SUFFIXES]
+    for path in sorted(root.rglob("*.tar")):
+        with tarfile.open(path) as tar:
+            names = sorted(name for name in tar.getnames() if Path(name).suffix.lower() in _SUFFIXES)
+            images += [_load(tar.extractfile(name)) for name in names]
+    return images
 
 
 def _load(source) -> Tensor:
