@@ -31,10 +31,10 @@ def _shipped() -> dict[str, dict]:
 
 
 def detector_input(name: str) -> tuple[int, int, int]:
-    """Columns of a point, and cells along y and x, of a detector in point clouds."""
+    """Input of a registered model: of a detector in point clouds the columns of a point, and cells along y and x."""
     with torch.device("meta"):
         model = registry.entries()[name].build()
-    return (len(model.point_features), *model.grid_size[1:])
+    return model.input_size if hasattr(model, "input_size") else (len(model.point_features), *model.grid_size[1:])
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Models that are not timm's: detectors in point clouds.
+"""Models that are not timm's: detectors in point clouds, segmenters and detectors of images.
 
 `zoo.create_model`, `list_models`, `model_info`, `zoo convert` and `zoo.hub` ask here first. The modules that register
 models are imported at the first question, not with the package.
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-MODULES = ("zoo.heads.point_detectors",)
+MODULES = ("zoo.heads.point_detectors", "zoo.heads.image_models")
 EMBEDDED = Path(__file__).parent / "weights"
 
 
@@ -164,6 +164,8 @@ def describe(
 def _render_card(model: nn.Module, card: dict[str, Any], metrics: dict[str, float]) -> str:
     from huggingface_hub import ModelCardData
 
+    if hasattr(model, "render_card"):
+        return model.render_card(card, metrics)
     entry = entries()[model.config["architecture"]]
     front = ModelCardData(
         license=card.get("license"),

@@ -48,7 +48,7 @@ def test_features_with_channels_last(head) -> None:
         small("swin_tiny_patch4_window7_224", head, backbone_kwargs=options | extra).eval()
         for extra in ({}, dict(feature_cls="getter"))
     )
-    assert net.nhwc and not other.nhwc
+    assert net.reader.nhwc and not other.reader.nhwc
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         logits = net(x)
@@ -58,7 +58,7 @@ def test_features_with_channels_last(head) -> None:
 
 def test_finest_map_has_stride_4() -> None:
     net = small("resnet10t")
-    assert net.backbone.feature_info.reduction() == [2, 4, 8, 16, 32] and net.levels == [1, 2, 3, 4]
+    assert net.backbone.feature_info.reduction() == [2, 4, 8, 16, 32] and net.reader.levels == [1, 2, 3, 4]
     assert [x.shape[1] for x in net.forward_features(torch.randn(1, 3, 64, 64))] == [64, 128, 256, 512]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from zoo.factory import create_model
+from zoo.heads.feature_maps import FeatureReader
 
 __all__ = ["FCNHead", "SemanticFPNHead", "Segmenter", "UPerNetHead", "create_segmenter"]
 
@@ -236,13 +237,10 @@ class Segmenter(nn.Module):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be positive, got {num_classes}")
-        channels, strides = _read_feature_info(backbone)
-        finest = min(_FINEST_STRIDE, strides[-1])
-        self.levels = [i for i, stride in enumerate(strides) if stride >= finest]
-        channels, strides = [channels[i] for i in self.levels], [strides[i] for i in self.levels]
+        self.reader = FeatureReader(backbone, _FINEST_STRIDE)
+        channels, strides = self.reader.channels, self.reader.strides
         self.num_classes = num_classes
         self.backbone = backbone
-        self.nhwc = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
         options = dict(dropout=dropout, **(head_kwargs or {}))
         if head == "semantic_fpn":
             self.head = SemanticFPNHead(channels, strides, num_classes, **options)
@@ -260,10 +258,7 @@ class Segmenter(nn.Module):
             raise ValueError(
                 f"images must be floating-point [B, C, H, W], got {images.dtype} of shape {tuple(images.shape)}"
             )
-        maps = self.backbone(images)
-        maps = [maps[i] for i in self.levels]
-        # [B, H, W, C] -> [B, C, H, W]
-        return [x.permute(0, 3, 1, 2) for x in maps] if self.nhwc else maps
+        return self.reader(self.backbone(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of each pixel.
@@ -286,18 +281,6 @@ class Segmenter(nn.Module):
         if self.auxiliary is None:
             return logits, None
         return logits, _resize(self.auxiliary(maps[self.auxiliary_level]), size)
-
-
-def _read_feature_info(backbone: nn.Module) -> tuple[list[int], list[int]]:
-    info = getattr(backbone, "feature_info", None)
-    if not hasattr(info, "channels") or not hasattr(info, "reduction"):
-        raise ValueError(
-            f"{type(backbone).__name__} gives no feature maps: create it with features_only=True, or pass its name"
-        )
-    channels, strides = list(info.channels()), list(info.reduction())
-    if not channels:
-        raise ValueError(f"{type(backbone).__name__} was created with empty out_indices: a head needs a map")
-    return channels, strides
 
 
 def create_segmenter(
