@@ -1,8 +1,8 @@
 """Run a Gluon kernel for Hopper on a CPU: its Python source, with threads for the groups of warps.
 
 What is asynchronous on a GPU is so here, and late: a copy clears its destination at once and fills it after a random
-delay, and a product reads shared memory when it is waited for and must find what lay there when it was started. Barriers
-keep phases, arrivals and bytes. A wait that does not end is an error.
+delay, and a product reads shared memory when it is waited for and must find what lay there when it was started.
+Barriers keep phases, arrivals and bytes. A wait that does not end is an error.
 """
 
 from __future__ import annotations
@@ -207,7 +207,8 @@ def _language(program: int, programs: int) -> SimpleNamespace:
         zeros=lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)), convert_layout=lambda x, layout: x,
         allocate_shared_memory=allocate, static_range=range, warp_specialize=warp_specialize, constexpr=lambda x: x,
         NVMMASharedLayout=SimpleNamespace(get_default_for=layout), NVMMADistributedLayout=layout,
-        DotOperandLayout=layout, SliceLayout=layout, BlockedLayout=layout, int32=torch.int32, int64=torch.int64, float32=torch.float32,
+        DotOperandLayout=layout, SliceLayout=layout, BlockedLayout=layout, int32=torch.int32, int64=torch.int64,
+        float32=torch.float32,
     )  # fmt: skip
 
 

@@ -1,9 +1,8 @@
 """Forward kernel of pattern sparse attention on Hopper, specialised by warps.
 
-A program is three kinds of warps. One of them loads tiles of keys and values (TMA) into a ring; two groups of four warps
-hold 64 of the tile's 128 queries each, and multiply. The groups are not in step: while one computes exponentials, the
-tensor cores work for the other. Within a group, too, the logits of the next tile are multiplied before the values of the
-current one are waited for.
+A program is three kinds of warps. One of them loads tiles of keys and values (TMA) into a ring; two groups of four
+warps hold 64 of the tile's 128 queries each, and multiply. The groups are not in step: while one computes exponentials,
+the tensor cores work for the other. Within a group, too, the logits of the next tile are multiplied meanwhile.
 
 One launch serves heads of both orders: a tile must be rows that follow each other in memory, and so keys and values of
 token-major heads are copied into their order before, 4 S D values of a head, and read from the copy.
@@ -11,18 +10,17 @@ token-major heads are copied into their order before, 4 S D values of a head, an
 Barriers. Every stage of the ring has four: `full` and `empty`, of keys and of values. Let n count the tiles that a
 program has walked over. Tile n lies in stage n mod STAGES, and is the fill number r = n div STAGES of that stage.
  - The loading warp waits for the r-th phase of `empty` to end, which both groups end by arriving (count 2) once the
-   products that read fill r - 1 are done. For r = 0 it waits for the parity before the first phase, which a fresh barrier
-   has behind it. It then announces the bytes of the tile on `full` (the one arrival) and starts the copy.
+   products that read fill r - 1 are done. For r = 0 it waits for the parity before the first phase, which a fresh
+   barrier has behind it. It then announces the bytes of the tile on `full` (the one arrival) and starts the copy.
  - A group waits for phase r of `full`, which the last byte ends.
-Parities suffice: fill r + 1 cannot begin before both groups have arrived r + 1 times, so that no phase is ever missed by
-two. All warps count the same tiles, from the same tables, so that none waits for a fill that never comes; without tiles
-there is no wait at all.
+Parities suffice: fill r + 1 cannot begin before both groups have arrived r + 1 times, so that no phase is ever missed
+by two. All warps count the same tiles, from the same tables, so that none waits for a fill that never comes; without
+tiles there is no wait at all.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -115,7 +113,9 @@ def _load_tiles(descriptors, factors, shared, TILE_N: gl.constexpr, STAGES: gl.c
     n = 0
     for program in range(gl.program_id(0), programs, gl.num_programs(0)):
         b, head, start, of_text = _item(program, tables, sizes)
-        kind, text_tiles, tiles, text_valid, video_valid, low, listed = _walk(b, head, start, of_text, tables, sizes, TILE_N)
+        kind, text_tiles, tiles, text_valid, video_valid, low, listed = _walk(
+            b, head, start, of_text, tables, sizes, TILE_N
+        )
         steps = text_tiles + tiles
         for i in range(steps):
             is_text = i < text_tiles
@@ -166,8 +166,8 @@ def _step(
     DTYPE: gl.constexpr = q.dtype
     S_LAYOUT: gl.constexpr = s.type.layout
     following = _logits(q, rings, barriers, n + 1, STAGES, TILE_N, S_LAYOUT)
-    # The values are there as a rule: they were loaded before the next keys. A wait ends a block of instructions, so that
-    # the assembler cannot move the product above behind the softmax.
+    # The values are there as a rule: they were loaded before the next keys. A wait ends a block of instructions, so
+    # that the assembler cannot move the product above behind the softmax.
     stage = n % STAGES
     mbarrier.wait(barriers[2].index(stage), n // STAGES & 1)
     p, top, rescale, norm = _softmax(s, top, norm, valid, qk_scale, MASKED)

@@ -5,10 +5,12 @@ token-major order are copied into that order first: 6 S D values of a head are m
 and a density of 7 % took 7 % of the attention's time on an H100, and less where more is attended.
 
 Loops are pipelined, not specialised by warps: with Triton 3.6, every specialised form that was tried hung on an H100.
+Gluon leaves roles and barriers to the author: `gluon_hopper` is the specialised kernel.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,8 @@ CONFIGS = {
     (128, (128, 64)): dict(num_warps=4, num_stages=2),
     (128, (128, 128)): dict(num_warps=8, num_stages=3),
 }
+# Whether the kernel of `gluon_hopper` takes the place of the pipelined one.
+SPECIALISED = False
 # Rows of zeros after a copied head, so that its last tile does not reach into the next.
 PADDING = 128
 _SIZES = ["heads", "frames", "frame", "text", "video_start", "text_start"]
@@ -176,9 +180,18 @@ def _is_aligned(x: Tensor) -> bool:
     )
 
 
-def pack(
-    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, rows: Tensor, sizes: tuple, queries: bool
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _specialised() -> ModuleType | None:
+    """The module of the specialised kernel, None where it is switched off or this Triton's Gluon does not fit."""
+    if not SPECIALISED:
+        return None
+    try:
+        from zoo.kernels.tile_sparse import gluon_hopper
+    except (ImportError, AttributeError):
+        return None
+    return gluon_hopper
+
+
+def pack(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, rows: Tensor, sizes: tuple, queries: bool) -> tuple[Tensor, ...]:
     """Keys, values and perhaps queries of token-major heads in their order, each [B, M, S, D]; of others, nothing."""
     B, M, S, D = q.shape
     # Which heads are token-major is known on the device only.
@@ -202,6 +215,10 @@ def forward(
     length: Tensor, layout: Layout, scale: float,
 ) -> None:  # fmt: skip
     """Launch the kernels: `out` and `lse` of all heads. Token-major heads take a copy of q, k and v."""
+    specialised = _specialised()
+    if specialised is not None:
+        specialised.forward(q, k, v, out, lse, ids, order, rows, tiles, length, layout, scale)
+        return
     B, M, _, D = q.shape
     sizes = layout_sizes(layout, M)
     packed = pack(q, k, v, ids, rows, sizes, True)
