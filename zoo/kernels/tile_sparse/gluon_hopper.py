@@ -35,7 +35,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from zoo.kernels.tile_sparse.patterns import MULTI_DIAGONAL, SKIP, STRIPE, Layout
 from zoo.kernels.tile_sparse.triton_descriptors import layout_sizes, pack, rows_of
-from zoo.kernels.tile_sparse.triton_walk import load_pattern, places, reach
+from zoo.kernels.tile_sparse.triton_walk import places, reach
 
 _SKIP, _MULTI_DIAGONAL, _STRIPE = gl.constexpr(SKIP), gl.constexpr(MULTI_DIAGONAL), gl.constexpr(STRIPE)
 # Renamed in Triton 3.7 or later.
@@ -47,6 +47,9 @@ ROWS = gl.constexpr(64)
 # Registers of a thread that multiplies and of one that loads: 3 * 168 of them are divided among three groups of warps.
 GROUP_REGISTERS, LOADER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
 _SIZES = ["programs", "batch", "heads", "frames", "frame", "text", "video_start", "text_start"]
+_FACTORS = [
+    "k_row_b", "k_row_m", "k_column_m", "v_row_b", "v_row_m", "v_column_m", "packed_row_b", "packed_row_m",
+]  # fmt: skip
 # Tiles of the ring by head dimension and keys of a tile.
 # Programs that run at a time and take tiles in turn; 0: one program a tile.
 GRID = 0
@@ -54,33 +57,33 @@ STAGES = {(64, 64): 4, (64, 128): 3, (128, 64): 3, (128, 128): 2}
 
 
 @gluon.jit
-def _item(program, tables, sizes):
-    """What a program number stands for: sample, head, first position of a tile of queries, whether that is text."""
-    ids_ptr, order_ptr, rows_ptr, tiles_ptr, length_ptr = tables
+def _item(program, sizes):
+    """What a program number stands for: sample, rank of the head, first query of its tile, whether that is text."""
     batch, heads, frames, frame, text, video_start, text_start = sizes
-    video = frames * frame
     b = program % batch
     number = program // batch
     text_tiles = (text + TILE_M - 1) // TILE_M
     of_text = number < heads * text_tiles
     index = gl.where(of_text, number, number - heads * text_tiles)
-    tiles = gl.where(of_text, text_tiles, (video + TILE_M - 1) // TILE_M)
+    tiles = gl.where(of_text, text_tiles, (frames * frame + TILE_M - 1) // TILE_M)
     rank = index // tiles
-    return b, gl.load(order_ptr + rank), (index - rank * tiles) * TILE_M, of_text
+    return b, rank, (index - rank * tiles) * TILE_M, of_text
 
 
 @gluon.jit
-def _walk(b, head, start, of_text, tables, sizes, TILE_N: gl.constexpr):
+def _walk(b, rank, start, of_text, tables, sizes, TILE_N: gl.constexpr):
     """Tiles of keys of a tile of queries, from the last to the first: those of text, then those of the video.
 
-    Returns the head's kind, tiles of text and of video, valid keys of the last one of each, the first tile of the video
-    (an entry of the list where the walk is through it), and whether it is.
+    Returns the head and its kind, tiles of text and of video, valid keys of the last one of each, the first tile of the
+    video (an entry of the list where the walk is through it), and whether it is.
     """
-    ids_ptr, order_ptr, rows_ptr, tiles_ptr, length_ptr = tables
+    order_ptr, rows_ptr, tiles_ptr, length_ptr = tables
     batch, heads, frames, frame, text, video_start, text_start = sizes
     video = frames * frame
-    kind, width, first, count, _ = load_pattern(ids_ptr, rows_ptr, head)
+    head = gl.load(order_ptr + rank)
     length = gl.load(length_ptr + b)
+    row_ptr = rows_ptr + rank * 6
+    kind, width, first, count = gl.load(row_ptr), gl.load(row_ptr + 1), gl.load(row_ptr + 2), gl.load(row_ptr + 3)
     listed = (kind == _STRIPE) & (of_text == 0)
     low, end = reach(start, gl.where(of_text, video + text, width), video - 1, TILE_M, TILE_N)
     low = gl.where(listed, first, low)
@@ -89,7 +92,7 @@ def _walk(b, head, start, of_text, tables, sizes, TILE_N: gl.constexpr):
     tiles = gl.where(live, gl.where(listed, count, end - low), 0)
     last = gl.load(tiles_ptr + low + tiles - 1, mask=listed & (tiles > 0), other=0)
     last = gl.where(listed, last, low + tiles - 1)
-    return kind, text_tiles, tiles, length - (text_tiles - 1) * TILE_N, video - last * TILE_N, low, listed
+    return head, kind, text_tiles, tiles, length - (text_tiles - 1) * TILE_N, video - last * TILE_N, low, listed
 
 
 @gluon.jit
@@ -108,13 +111,13 @@ def _load_tiles(descriptors, factors, shared, TILE_N: gl.constexpr, STAGES: gl.c
     k_row_b, k_row_m, k_column_m, v_row_b, v_row_m, v_column_m, packed_row_b, packed_row_m = factors
     k_ring, v_ring = rings
     k_full, k_empty, v_full, v_empty = barriers
-    ids_ptr, order_ptr, rows_ptr, tiles_ptr, length_ptr = tables
+    order_ptr, rows_ptr, tiles_ptr, length_ptr = tables
     batch, heads, frames, frame, text, video_start, text_start = sizes
     n = 0
     for program in range(gl.program_id(0), programs, gl.num_programs(0)):
-        b, head, start, of_text = _item(program, tables, sizes)
-        kind, text_tiles, tiles, text_valid, video_valid, low, listed = _walk(
-            b, head, start, of_text, tables, sizes, TILE_N
+        b, rank, start, of_text = _item(program, sizes)
+        head, kind, text_tiles, tiles, text_valid, video_valid, low, listed = _walk(
+            b, rank, start, of_text, tables, sizes, TILE_N
         )
         steps = text_tiles + tiles
         for i in range(steps):
@@ -205,9 +208,9 @@ def _multiply(
     d = gl.arange(0, D, gl.SliceLayout(0, IO_LAYOUT))
     n = 0
     for program in range(gl.program_id(0), programs, gl.num_programs(0)):
-        b, head, start, of_text = _item(program, tables, sizes)
-        kind, text_tiles, tiles, text_valid, video_valid, low, listed = _walk(
-            b, head, start, of_text, tables, sizes, TILE_N
+        b, rank, start, of_text = _item(program, sizes)
+        head, kind, text_tiles, tiles, text_valid, video_valid, low, listed = _walk(
+            b, rank, start, of_text, tables, sizes, TILE_N
         )  # fmt: skip
         token_major = kind == _MULTI_DIAGONAL
         b64, m64 = b.to(gl.int64), head.to(gl.int64)
@@ -267,9 +270,9 @@ def _multiply(
         gl.store(at, lse, mask=position < gl.where(of_text, text, video))
 
 
-@gluon.jit(do_not_specialize=_SIZES)
+@gluon.jit(do_not_specialize=_SIZES + _FACTORS)
 def _tile_sparse_specialised_kernel(
-    k_rows, v_rows, k_packed, v_packed, q_ptr, out_ptr, lse_ptr, ids_ptr, order_ptr, rows_ptr, tiles_ptr, length_ptr,
+    k_rows, v_rows, k_packed, v_packed, q_ptr, out_ptr, lse_ptr, order_ptr, rows_ptr, tiles_ptr, length_ptr,
     k_row_b, k_row_m, k_column_m, v_row_b, v_row_m, v_column_m, packed_row_b, packed_row_m,
     q_stride_b, q_stride_m, q_stride_s, out_stride_b, out_stride_m, out_stride_s,
     programs, batch, heads, frames, frame, text, video_start, text_start, inverse, scale,
@@ -302,7 +305,7 @@ def _tile_sparse_specialised_kernel(
     descriptors = (k_rows, v_rows, k_packed, v_packed)
     factors = (k_row_b, k_row_m, k_column_m, v_row_b, v_row_m, v_column_m, packed_row_b, packed_row_m)
     rings, barriers = (k_ring, v_ring), (k_full, k_empty, v_full, v_empty)
-    tables = (ids_ptr, order_ptr, rows_ptr, tiles_ptr, length_ptr)
+    tables = (order_ptr, rows_ptr, tiles_ptr, length_ptr)
     sizes = (batch, heads, frames, frame, text, video_start, text_start)
     pointers = (q_ptr, out_ptr, lse_ptr)
     strides = (q_stride_b, q_stride_m, q_stride_s, out_stride_b, out_stride_m, out_stride_s)
@@ -334,9 +337,11 @@ def forward(
     sizes = layout_sizes(layout, M)
     packed = pack(q, k, v, ids, rows, sizes, False)
     factors = (*rows_of(k).factors, *rows_of(v).factors, *rows_of(packed[0]).factors[:2])
+    # Rows by rank: a program's first load has them all.
+    ranked = rows.index_select(0, ids.index_select(0, order))
     programs = sum(layout.query_tiles) * M * B
     _tile_sparse_specialised_kernel[(min(programs, GRID) if GRID else programs,)](
-        *(_descriptor(x, keys) for x in (k, v, *packed)), q, out, lse, ids, order, rows, tiles, length, *factors,
+        *(_descriptor(x, keys) for x in (k, v, *packed)), q, out, lse, order, ranked, tiles, length, *factors,
         *q.stride()[:3], *out.stride()[:3], programs, B, *sizes, scale,
         D=D, TILE_N=keys, STAGES=STAGES[D, keys], num_warps=4,
     )  # fmt: skip
