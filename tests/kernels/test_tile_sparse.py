@@ -444,17 +444,18 @@ def test_backward_is_deterministic(name: str) -> None:
 @gpu
 @pytest.mark.parametrize("tile", [(128, 64), (128, 128)], ids=str)
 @pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("descriptors", [False, True])
-def test_kernel_on_a_long_sequence(D: int, tile: tuple, descriptors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["generic", "pipelined", "specialised"])
+def test_kernel_on_a_long_sequence(D: int, tile: tuple, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of tiles a head, odd at every end, loaded by descriptors or not."""
     from zoo.kernels.tile_sparse import triton_descriptors
 
-    if not descriptors:
+    monkeypatch.setattr(triton_descriptors, "SPECIALISED", form == "specialised")
+    if form == "generic":
         monkeypatch.setattr(triton_descriptors, "can_describe", lambda *args: False)
     layout = Layout((11, 31, 33), 226, "last", tile)
     patterns = (Diagonal(1), MultiDiagonal(0.5), VerticalStripe(frames=(0,)), Full())
     q, k, v = (torch.randn(1, 4, layout.tokens, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    if descriptors and not triton_descriptors.can_describe(layout, None, q, k, v):
+    if form != "generic" and not triton_descriptors.can_describe(layout, None, q, k, v):
         pytest.skip("no tensor descriptors here")
     args = (torch.arange(4, device="cuda"), patterns, layout)
     assert_as_exact_as_torch(

@@ -5,7 +5,9 @@ token-major order are copied into that order first: 6 S D values of a head are m
 and a density of 7 % took 7 % of the attention's time on an H100, and less where more is attended.
 
 Loops are pipelined, not specialised by warps: with Triton 3.6, every specialised form that was tried hung on an H100.
-Gluon leaves roles and barriers to the author: `gluon_hopper` is the specialised kernel.
+The compiler then divides a tile of queries between two groups of warps, but a descriptor made on the host keeps the box
+of the whole tile, and so a copy brings twice the bytes that its barrier was told to expect. Gluon leaves roles and
+barriers to the author: `gluon_hopper` is the specialised kernel.
 """
 
 from __future__ import annotations
