@@ -13,8 +13,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from zoo.kernels.agent import AgentBias
 from zoo.kernels.agent import triton as agent
@@ -145,6 +145,8 @@ SPILLS = {
     "_tile_sparse_dkv_kernel": 64,
     # Faster on an H100 than the configurations without.
     "_tile_sparse_descriptor_kernel": 88,
+    # Outside of the walk over keys, once a tile of queries.
+    "_tile_sparse_specialised_kernel": 240,
 }
 # The same for sm_80 alone, which keeps both factors of a product in registers.
 SPILLS_SM80 = {
@@ -177,8 +179,9 @@ def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict, arch: int):
         value = values[name]
         if kernel.params[i].is_constexpr:
             signature[name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>"
+        elif hasattr(value, "block_shape"):
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}{layout}>"
         elif isinstance(value, torch.Tensor):
             signature[name], attrs[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
@@ -187,7 +190,9 @@ def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict, arch: int):
             signature[name] = "i32"
             if value % 16 == 0 and name not in fixed:
                 attrs[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
+        fn=kernel, signature=signature, constexprs=constants, attrs=attrs
+    )
     options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -445,3 +450,18 @@ def test_tile_sparse_compiles_with_descriptors(
     launch_tile_sparse(name)
     assert [launch[0].__name__ for launch in launches[:2]] == ["_token_major_kernel", "_tile_sparse_descriptor_kernel"]
     check(launches, 90, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "cogvideox"])
+@pytest.mark.parametrize("keys", [64, 128])
+def test_tile_sparse_compiles_specialised(
+    name: str, keys: int, launches: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_descriptors, "can_describe", lambda *args: True)
+    monkeypatch.setattr(triton_descriptors, "SPECIALISED", True)
+    layout, *rest = SPARSE[name]
+    monkeypatch.setitem(SPARSE, name, (replace(layout, tile=(128, keys)), *rest))
+    launch_tile_sparse(name)
+    names = [launch[0].__name__ for launch in launches[:2]]
+    assert names == ["_token_major_kernel", "_tile_sparse_specialised_kernel"]
+    check(launches[:2], 90, tmp_path)

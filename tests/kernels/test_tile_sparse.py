@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from zoo.kernels.tile_sparse import (
 from zoo.kernels.tile_sparse.op import can_run
 from zoo.kernels.tile_sparse.patterns import active_tiles, attention_mask, tile_map, video_order
 
+from . import gluon_emulation
 from .oracle import DTYPES, assert_as_exact_as_torch, with_gradients
 
 gpu = pytest.mark.gpu
@@ -441,17 +444,18 @@ def test_backward_is_deterministic(name: str) -> None:
 @gpu
 @pytest.mark.parametrize("tile", [(128, 64), (128, 128)], ids=str)
 @pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("descriptors", [False, True])
-def test_kernel_on_a_long_sequence(D: int, tile: tuple, descriptors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["generic", "pipelined", "specialised"])
+def test_kernel_on_a_long_sequence(D: int, tile: tuple, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of tiles a head, odd at every end, loaded by descriptors or not."""
     from zoo.kernels.tile_sparse import triton_descriptors
 
-    if not descriptors:
+    monkeypatch.setattr(triton_descriptors, "SPECIALISED", form == "specialised")
+    if form == "generic":
         monkeypatch.setattr(triton_descriptors, "can_describe", lambda *args: False)
     layout = Layout((11, 31, 33), 226, "last", tile)
     patterns = (Diagonal(1), MultiDiagonal(0.5), VerticalStripe(frames=(0,)), Full())
     q, k, v = (torch.randn(1, 4, layout.tokens, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    if descriptors and not triton_descriptors.can_describe(layout, q, k, v):
+    if form != "generic" and not triton_descriptors.can_describe(layout, q, k, v):
         pytest.skip("no tensor descriptors here")
     args = (torch.arange(4, device="cuda"), patterns, layout)
     assert_as_exact_as_torch(
@@ -487,3 +491,81 @@ def test_kernel_makes_no_mask() -> None:
     tile_sparse_attention(q, k, v, ids, table, layout, backend="triton").sum().backward()
     # The output, its gradient, three gradients and statistics.
     assert torch.cuda.max_memory_allocated() - start < 8 * q.numel() * q.element_size()
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch):
+    """The kernel for Hopper with its groups of warps as threads; copied keys of other heads are NaN."""
+    from zoo.kernels.tile_sparse import gluon_hopper
+    from zoo.kernels.tile_sparse.triton_descriptors import PADDING
+
+    kernel = gluon_hopper._tile_sparse_specialised_kernel
+
+    class Launcher:
+        def __getitem__(self, grid):
+            def launch(*args, num_warps: int, **kwargs) -> None:
+                for program in range(grid[0]):
+                    gluon_emulation.emulate(kernel, gluon_hopper, program, grid[0], args, kwargs)
+
+            return launch
+
+    def descriptor(x: Tensor, keys: int) -> gluon_emulation.Descriptor:
+        rows = gluon_hopper.rows_of(x)
+        return gluon_emulation.Descriptor(x.as_strided(rows.shape, (rows.stride, 1)), [keys, x.shape[-1]])
+
+    def pack(q, k, v, ids, rows, sizes, queries):
+        B, M, S, D = q.shape
+        packed = torch.full((2, B, M, S + PADDING, D), float("nan"), dtype=q.dtype)
+        _, frames, frame, text, video_start, *_ = sizes
+        position = torch.arange(frames * frame)
+        place = torch.arange(S)
+        place[video_start : video_start + len(position)] = (
+            position % frames * frame + position // frames + video_start
+        )  # fmt: skip
+        for m in (rows[ids, 0] == MultiDiagonal.kind).nonzero().flatten():
+            packed[:, :, m, :S] = torch.stack([k, v])[:, :, m][:, :, place]
+            packed[:, :, m, S:] = 0
+        return packed[:, :, :, :S].unbind()
+
+    monkeypatch.setattr(gluon_hopper, "_tile_sparse_specialised_kernel", Launcher())
+    monkeypatch.setattr(gluon_hopper, "_descriptor", descriptor)
+    monkeypatch.setattr(gluon_hopper, "pack", pack)
+    return gluon_hopper
+
+
+# (layout, valid text keys, programs at a time): no step at all up to six, of text, of video and of both.
+HOPPER = {
+    "text_last": (Layout((5, 7, 11), 200, "last", (128, 64)), [200, 70], 0),
+    "text_first": (Layout((3, 9, 10), 30, "first", (128, 128)), [30, 0], 0),
+    "no_text": (Layout((4, 8, 8), tile=(128, 64)), None, 2),
+    "short": (Layout((1, 3, 5), 9, "last", (128, 64)), None, 3),
+}
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_specialised_kernel_in_emulation(name: str, emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zoo.kernels.tile_sparse import triton
+
+    layout, valid, programs = HOPPER[name]
+    monkeypatch.setattr(emulated, "GRID", programs)
+    monkeypatch.setitem(emulated.STAGES, (16, layout.tile[1]), 2)
+    patterns = (*PATTERNS, VerticalStripe())
+    B, M = 1 if valid is None else len(valid), len(patterns)
+    torch.manual_seed(0)
+    q, k = torch.randn(B, layout.tokens, M, 32).transpose(1, 2).split(16, -1)
+    v = torch.randn(B, M, layout.tokens, 16)
+    table, ids = pattern_table(patterns, layout), torch.arange(M).flip(0)
+    length = None if valid is None else torch.tensor(valid)
+    out, lse = torch.full_like(q, float("nan")), torch.full(q.shape[:3], float("nan"))
+    tables = triton._tables(q, ids, table, layout, length)
+    emulated.forward(q, k, v, out, lse, *tables[:2], table.rows, table.tiles, tables[2], layout, 0.3)
+    expected = tile_sparse_attention(q, k, v, ids, table, layout, text_length=length, scale=0.3)
+    torch.testing.assert_close(out, expected)
+    for m, pattern in enumerate(patterns[::-1]):
+        mask = attention_mask(pattern, layout).repeat(B, 1, 1)  # [B, S, S]
+        if valid is not None:
+            token = torch.arange(layout.tokens) - (0 if layout.text_first else layout.video)
+            mask &= ~((token >= length[:, None]) & (token < layout.text))[:, None]
+        logits = (0.3 * q[:, m] @ k[:, m].mT).masked_fill(~mask, float("-inf"))
+        denominator = logits.logsumexp(-1) / math.log(2)
+        torch.testing.assert_close(lse[:, m], denominator.masked_fill(denominator.isinf(), float("inf")))

@@ -5,10 +5,14 @@ token-major order are copied into that order first: 6 S D values of a head are m
 and a density of 7 % took 7 % of the attention's time on an H100, and less where more is attended.
 
 Loops are pipelined, not specialised by warps: with Triton 3.6, every specialised form that was tried hung on an H100.
+The compiler then divides a tile of queries between two groups of warps, but a descriptor made on the host keeps the box
+of the whole tile, and so a copy brings twice the bytes that its barrier was told to expect. Gluon leaves roles and
+barriers to the author: `gluon_hopper` is the specialised kernel.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -28,6 +32,8 @@ CONFIGS = {
     (128, (128, 64)): dict(num_warps=4, num_stages=2),
     (128, (128, 128)): dict(num_warps=8, num_stages=3),
 }
+# Whether the kernel of `gluon_hopper` takes the place of the pipelined one.
+SPECIALISED = False
 # Rows of zeros after a copied head, so that its last tile does not reach into the next.
 PADDING = 128
 _SIZES = ["heads", "frames", "frame", "text", "video_start", "text_start"]
@@ -38,11 +44,12 @@ def _token_major_kernel(
     q_ptr, k_ptr, v_ptr, packed_ptr, ids_ptr, rows_ptr, q_stride_b, q_stride_m, q_stride_s,
     k_stride_b, k_stride_m, k_stride_s, v_stride_b, v_stride_m, v_stride_s,
     batch, rows, heads, frames, frame, text, video_start, text_start, inverse, D: tl.constexpr, BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """packed[i, b, m] = rows of q, k and v (i = 0, 1, 2) of token-major heads, video in token-major order.
+    """packed[i, b, m] = rows of k, v and, with QUERIES, q (i = 0, 1, 2) of token-major heads, in token-major order.
 
     One program writes BLOCK of the `rows` of a head, zeros past its tokens, and moves 12 BLOCK D bytes of 16-bit
-    values. Those of other heads do nothing.
+    values, 8 without queries. Those of other heads do nothing.
     """
     m, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     if tl.load(rows_ptr + tl.load(ids_ptr + m) * 6) == _MULTI_DIAGONAL:
@@ -54,12 +61,13 @@ def _token_major_kernel(
         inside, written = to < tokens, to < rows
         packed_ptr += (b * heads + m) * rows * D
         step = (heads * rows).to(tl.int64) * D * batch
-        q = load_rows(q_ptr + b * q_stride_b + m * q_stride_m, place * q_stride_s, inside, D, D, True)
-        store_rows(packed_ptr, q, to * D, written, D, D)
         k = load_rows(k_ptr + b * k_stride_b + m * k_stride_m, place * k_stride_s, inside, D, D, True)
-        store_rows(packed_ptr + step, k, to * D, written, D, D)
+        store_rows(packed_ptr, k, to * D, written, D, D)
         v = load_rows(v_ptr + b * v_stride_b + m * v_stride_m, place * v_stride_s, inside, D, D, True)
-        store_rows(packed_ptr + 2 * step, v, to * D, written, D, D)
+        store_rows(packed_ptr + step, v, to * D, written, D, D)
+        if QUERIES:
+            q = load_rows(q_ptr + b * q_stride_b + m * q_stride_m, place * q_stride_s, inside, D, D, True)
+            store_rows(packed_ptr + 2 * step, q, to * D, written, D, D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -170,22 +178,49 @@ def _is_aligned(x: Tensor) -> bool:
     )
 
 
+def _specialised() -> ModuleType | None:
+    """The module of the specialised kernel, None where it is switched off or this Triton's Gluon does not fit."""
+    if not SPECIALISED:
+        return None
+    try:
+        from zoo.kernels.tile_sparse import gluon_hopper
+    except (ImportError, AttributeError):
+        return None
+    return gluon_hopper
+
+
+def pack(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, rows: Tensor, sizes: tuple, queries: bool) -> tuple[Tensor, ...]:
+    """Keys, values and perhaps queries of token-major heads in their order, each [B, M, S, D]; of others, nothing."""
+    B, M, S, D = q.shape
+    # Which heads are token-major is known on the device only.
+    packed = torch.empty((3 if queries else 2, B, M, S + PADDING, D), dtype=q.dtype, device=q.device)
+    strides = (stride for x in (q, k, v) for stride in x.stride()[:3])
+    _token_major_kernel[triton.cdiv(S + PADDING, 64), M, B](
+        q, k, v, packed, ids, rows, *strides, B, S + PADDING, *sizes, D=D, BLOCK=64, QUERIES=queries, num_warps=4
+    )
+    return packed[:, :, :, :S].unbind()
+
+
+def layout_sizes(layout: Layout, heads: int) -> tuple:
+    """Heads, frames, places of a frame, text, starts of video and text, 1 / frames: what the kernels take."""
+    video_start, text_start = (layout.text, 0) if layout.text_first else (0, layout.video)
+    frames = layout.grid[0]
+    return heads, frames, layout.frame, layout.text, video_start, text_start, 1.0 / frames
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ids: Tensor, order: Tensor, rows: Tensor, tiles: Tensor,
     length: Tensor, layout: Layout, scale: float,
 ) -> None:  # fmt: skip
     """Launch the kernels: `out` and `lse` of all heads. Token-major heads take a copy of q, k and v."""
-    B, M, S, D = q.shape
-    video_start, text_start = (layout.text, 0) if layout.text_first else (0, layout.video)
-    frames = layout.grid[0]
-    sizes = (M, frames, layout.frame, layout.text, video_start, text_start, 1.0 / frames)
-    # Which heads are token-major is known on the device only.
-    packed = torch.empty((3, B, M, S + PADDING, D), dtype=q.dtype, device=q.device)
-    strides = (stride for x in (q, k, v) for stride in x.stride()[:3])
-    _token_major_kernel[triton.cdiv(S + PADDING, 64), M, B](
-        q, k, v, packed, ids, rows, *strides, B, S + PADDING, *sizes, D=D, BLOCK=64, num_warps=4
-    )
-    for tensors, token_major in (((q, k, v), False), (packed[:, :, :, :S].unbind(), True)):
+    specialised = _specialised()
+    if specialised is not None:
+        specialised.forward(q, k, v, out, lse, ids, order, rows, tiles, length, layout, scale)
+        return
+    B, M, _, D = q.shape
+    sizes = layout_sizes(layout, M)
+    packed = pack(q, k, v, ids, rows, sizes, True)
+    for tensors, token_major in (((q, k, v), False), ((packed[2], *packed[:2]), True)):
         matrices = [rows_of(x) for x in tensors]
         descriptors = [
             TensorDescriptor(x, r.shape, [r.stride, 1], [side, D])
