@@ -155,10 +155,11 @@ def test_fast_inference_gives_the_same_boxes(name: str, device: str, padded: boo
 def test_fast_inference_grows_and_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
     detector = build("flatformer_nano")
     monkeypatch.setattr("zoo.heads.point_runtime.ROWS", 64)
+    monkeypatch.setattr("zoo.heads.point_runtime.PATIENCE", 2)
     runtime, small, large = detector.accelerate(padded=True), [cloud(30)], [cloud(2000)]
     for batch in (small, large, large, small, small):
         assert_same(runtime(batch)[0], detector(batch)[0])
-        capacity = runtime._capacity[1]
+        capacity = runtime._rooms[1].capacity
         voxels = len(detector.vfe_module(batch)[1].coords)
         assert voxels < capacity
     assert capacity < 4 * voxels + 2 * 64
@@ -174,7 +175,7 @@ def test_fast_inference_sees_full_stages(monkeypatch: pytest.MonkeyPatch) -> Non
         detector.backbone_3d.growth = growth
         runtime = detector.accelerate(padded=True)
         assert_same(runtime(batch)[0], detector(batch)[0])
-        assert runtime._capacity[1] >= 2 * voxels
+        assert runtime._rooms[1].capacity >= 2 * voxels
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -617,10 +617,11 @@ def test_sparse_depthwise_convolution(
 
 @pytest.mark.parametrize("capacity", [None, 100, 20])
 @pytest.mark.parametrize(("order", "clamp"), [("zyx", True), ("xyz", False)])
-def test_grouped_points(order: str, clamp: bool, capacity: int | None) -> None:
+@pytest.mark.parametrize("sizes", [[30, 0, 50], [40, 40]], ids=str)
+def test_grouped_points(sizes: list[int], order: str, clamp: bool, capacity: int | None) -> None:
     torch.manual_seed(0)
-    points, sizes = torch.rand(80, 5) * 10 - 5, [30, 0, 50]
-    points[3, 4], points[60, 0] = torch.nan, torch.inf
+    points = torch.rand(80, 5) * 10 - 5
+    points[3, 4], points[60, 0], points[35:40] = torch.nan, torch.inf, torch.nan
     grid = make_grid((0.5, 0.25, 1.0), (-4.0, -2.0, -1.0, 4.0, 2.0, 2.0), clamp, order)
     expected = voxel_reference.group_points(points, sizes, grid, capacity)
     actual = voxel_kernels.group_points(points, sizes, grid, capacity)

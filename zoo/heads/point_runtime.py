@@ -3,16 +3,17 @@
     runtime = detector.accelerate()
     boxes, scores, labels = runtime([points])[0]
 
-Weights are copied once, with batch norms folded into convolutions. On a GPU everything after the encoder of voxels runs
-in half precision and channels-last memory, and the branches of a CenterPoint head become two convolutions. Voxels are
-padded to a capacity, so that all from the voxels to the suppressed boxes is one CUDA graph for each capacity and number
-of samples. The host waits once a batch, for the number of boxes; it learns then too whether the capacity was too small,
-and repeats the batch with a larger one if so.
+Weights are copied once, with norms folded into convolutions and linear layers. On a GPU everything after the encoder of
+voxels runs in half precision and channels-last memory, and the branches of a CenterPoint head become two convolutions.
+Points are padded with NaN and voxels to a capacity, so that all from the points to the suppressed boxes is one CUDA
+graph for each size. The host waits once a batch, for the number of boxes; it learns then too whether the capacity was
+too small, and repeats the batch with a larger one if so.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,17 +22,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from zoo.backbones.padded_graphs import PaddedGraphs
+from zoo.backbones.padded_graphs import CloudGraphs
+from zoo.backbones.point_layers import FoldedVFE
 from zoo.heads.bev_ops import BatchDetections
 from zoo.heads.center_point import CenterHead
 from zoo.heads.detections import Detections
 from zoo.heads.point_base import PointDetector, drop_empty
-from zoo.kernels.voxelize import Voxels
+from zoo.kernels.voxelize import Voxels, group_points
 
 # Capacities are multiples of this, and at first this much above the number of voxels.
 ROWS, MARGIN = 2048, 1.2
-# A capacity that exceeds the voxels so many times is given up.
-WASTE = 3
+# The same for points, whose number a sensor keeps.
+POINTS, POINT_MARGIN = 16384, 1.05
+# Room that so many batches in a row could do with less than a third of is given up.
+WASTE, PATIENCE = 3, 16
 # Tensor cores take channels by eights.
 CHANNELS = 8
 
@@ -93,6 +97,15 @@ class JointBranches(nn.Module):
         return dict(zip(self.sizes, parts, strict=True))
 
 
+@dataclasses.dataclass
+class Room:
+    """What batches of one number of samples are padded to."""
+
+    points: int  # rows of each cloud
+    capacity: int  # rows of the batch's voxels
+    spare: int = 0  # batches in a row that needed far less
+
+
 class PointRuntime:
     """A detector made ready for inference; it does not follow later changes of the detector's weights.
 
@@ -103,7 +116,7 @@ class PointRuntime:
             on a GPU.
         compile: Run the convolutions through `torch.compile`: about a minute for each number of samples, then fewer
             passes over the maps.
-        max_graphs: CUDA graphs that are kept, each with memory for the maps.
+        max_graphs: CUDA graphs that are kept, one for each size that batches were padded to; they share their memory.
     """
 
     def __init__(
@@ -118,16 +131,17 @@ class PointRuntime:
         self.device = next(detector.parameters()).device
         self.on_gpu = self.device.type == "cuda"
         self.dtype = dtype or (torch.float16 if self.on_gpu else torch.float32)
-        self.padded, self.max_graphs = self.on_gpu if padded is None else padded, max_graphs
+        self.padded = self.on_gpu if padded is None else padded
         with torch.no_grad():
             self.detector = self._prepare(detector)
         self._maps = torch.compile(self._dense, dynamic=False) if compile else self._dense
-        self._graphs = PaddedGraphs(self._detect, ROWS)
-        self._capacity: dict[int, int] = {}
+        self._graphs = CloudGraphs(self._detect, max_graphs)
+        self._rooms: dict[int, Room] = {}
         self._margin = MARGIN
 
     def _prepare(self, detector: PointDetector) -> PointDetector:
         detector = copy.deepcopy(detector).eval().requires_grad_(False)
+        self._encoder = FoldedVFE(detector.vfe_module)
         fold_norms(detector)
         joint = self.padded and isinstance(detector.head, CenterHead)
         self._head = JointBranches(detector.head) if joint else detector.head
@@ -151,54 +165,89 @@ class PointRuntime:
     def _dense(self, x: Tensor) -> dict[str, Tensor]:
         return self._head(self.detector.neck_map(x))
 
-    def _detect(self, features: Tensor, voxels: Voxels) -> tuple[BatchDetections, Tensor]:
-        """Boxes of encoded voxels, and the numbers that the host waits for: boxes of each sample, voxels, whether the
-        capacity was too small."""
-        x, full = self.detector.encode_padded(features, voxels)
-        found = drop_empty(self.detector.head.decode(self._maps(x)), voxels)
-        return found, torch.cat([found.count.long(), torch.stack([voxels.num.long(), full.long()])])
+    def _encode(self, clouds: list[Tensor], capacity: int | None = None) -> tuple[Tensor, Voxels]:
+        """Features of voxels in the runtime's dtype."""
+        cloud = clouds[0] if len(clouds) == 1 else torch.cat(clouds)
+        features, voxels = self._encoder(cloud, [len(cloud) for cloud in clouds], capacity)
+        return features.to(self.dtype), voxels
 
-    def _run(self, features: Tensor, voxels: Voxels) -> tuple[BatchDetections, Tensor]:
-        if len(self._graphs.graphs) > self.max_graphs:
-            self._graphs.clear()
+    def _detect(self, cloud: Tensor, capacity: int) -> tuple[BatchDetections, Tensor]:
+        """Boxes of clouds [B, P, F], and the numbers that the host waits for: boxes of each sample, voxels, whether the
+        capacity was too small."""
+        B, P, _ = cloud.shape
+        features, voxels = self._encoder(cloud.flatten(0, 1), [P] * B, capacity)
         # Maps keep their size, so that trying convolution algorithms once pays.
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=self.dtype != torch.float32):
-            return self._graphs(features, voxels)
+            x, full = self.detector.encode_padded(features.to(self.dtype), voxels)
+            found = drop_empty(self.detector.head.decode(self._maps(x)), voxels)
+        return found, torch.cat([found.count.long(), voxels.num[None], full.long()[None]])
 
     @torch.no_grad()
     def __call__(self, points: Sequence[Tensor]) -> list[Detections]:
         """Detect objects; arguments, results and errors are those of `PointDetector.forward`."""
         clouds = self.detector.check(points)
-        samples = len(clouds)
-        if samples == 0:
+        if not clouds:
             return []
         if not self.padded:
             return self._run_unpadded(clouds)
-        capacity = self._capacity.get(samples) or self._first_capacity(clouds)
-        while True:
-            features, voxels = self.detector.vfe_module(clouds, capacity)
-            found, numbers = self._run(features.to(self.dtype), voxels)
-            *counts, voxel_count, full = numbers.tolist()
-            if full and voxel_count < capacity:
-                # A later stage needs more rows for a voxel than it was given.
-                self._margin *= 2
+        room, full = self._room(clouds), True
+        while full:
+            found, numbers = self._graphs(clouds, room.points, room.capacity)
+            # The memory of a graph is written again by the next batch. These copies need not wait.
+            boxes, scores, labels = (x.clone() for x in found[:3])
+            *counts, voxels, full = numbers.tolist()
             if full:
-                capacity = self._capacity[samples] = max(2 * capacity, self._bucket(voxel_count))
-                continue
-            if self._bucket(voxel_count) * WASTE < capacity:
-                self._capacity[samples] = self._bucket(voxel_count)
-            break
-        # The memory of a graph is written again by the next batch.
-        return [
-            Detections(*(x[:n].clone() for x in parts))
-            for *parts, n in zip(found.boxes, found.scores, found.labels, counts, strict=True)
-        ]
+                self._enlarge(room, clouds, voxels)
+        self._save(room, clouds, voxels)
+        return [Detections(*(x[:n] for x in parts)) for *parts, n in zip(boxes, scores, labels, counts, strict=True)]
+
+    def _room(self, clouds: list[Tensor]) -> Room:
+        """What the batch is padded to."""
+        most = max(map(len, clouds))
+        room = self._rooms.get(len(clouds))
+        if room is None:
+            room = Room(self._bucket(most), self._capacity(self._count(clouds)))
+            self._rooms[len(clouds)] = room
+        if most > room.points:
+            room.points = self._bucket(most)
+        return room
+
+    def _enlarge(self, room: Room, clouds: list[Tensor], voxels: int) -> None:
+        """More room for voxels after a batch that filled it with so many."""
+        if voxels < room.capacity:
+            # A later stage needs more rows for a voxel than it was given.
+            self._margin *= 2
+        else:
+            voxels = self._count(clouds)
+        room.capacity = max(self._capacity(voxels), room.capacity + ROWS)
+
+    def _save(self, room: Room, clouds: list[Tensor], voxels: int) -> None:
+        """Less room after many small batches."""
+        points, capacity = self._bucket(max(map(len, clouds))), self._capacity(voxels)
+        far_less = points * WASTE < room.points or capacity * WASTE < room.capacity
+        room.spare = room.spare + 1 if far_less else 0
+        if room.spare >= PATIENCE:
+            room.points, room.capacity, room.spare = points, capacity, 0
+
+    def _count(self, clouds: list[Tensor]) -> int:
+        """Voxels of a batch; waits for the device."""
+        grouping = group_points(torch.cat(clouds), [len(cloud) for cloud in clouds], self._encoder.grid)
+        return len(grouping.voxels.coords)
+
+    def _capacity(self, voxels: int) -> int:
+        """Capacity for about so many voxels."""
+        return (int(voxels * self._margin) // ROWS + 1) * ROWS
+
+    @staticmethod
+    def _bucket(points: int) -> int:
+        """Room for about so many points."""
+        return (int(points * POINT_MARGIN) // POINTS + 1) * POINTS
 
     def _run_unpadded(self, clouds: list[Tensor]) -> list[Detections]:
-        features, voxels = self.detector.vfe_module(clouds)
+        features, voxels = self._encode(clouds)
         if len(features) == 0:
             return self.detector.nothing(len(clouds), features.device)
-        x = self.detector.encode(features.to(self.dtype), voxels)
+        x = self.detector.encode(features, voxels)
         return drop_empty(self.detector.head.decode(self._maps(x)), voxels).split()
 
     @torch.no_grad()
@@ -206,9 +255,8 @@ class PointRuntime:
         """The stages of a call, each ready to run on what the one before makes of these points: `encoder`, `backbone`,
         `maps` and `boxes`, which suppresses too. For measurements."""
         detector, clouds = self.detector, self.detector.check(points)
-        capacity = self._first_capacity(clouds) if self.padded else None
-        features, voxels = detector.vfe_module(clouds, capacity)
-        features = features.to(self.dtype)
+        capacity = self._room(clouds).capacity if self.padded else None
+        features, voxels = self._encode(clouds, capacity)
 
         def backbone() -> Tensor:
             return detector.encode_padded(features, voxels)[0] if self.padded else detector.encode(features, voxels)
@@ -216,16 +264,8 @@ class PointRuntime:
         x = backbone()
         maps = self._maps(x)
         return {
-            "encoder": lambda: detector.vfe_module(clouds, capacity),
+            "encoder": lambda: self._encode(clouds, capacity),
             "backbone": backbone,
             "maps": lambda: self._maps(x),
             "boxes": lambda: detector.head.decode(maps),
         }
-
-    def _first_capacity(self, clouds: list[Tensor]) -> int:
-        _, voxels = self.detector.vfe_module(clouds)
-        return self._capacity.setdefault(len(clouds), self._bucket(len(voxels.coords)))
-
-    def _bucket(self, voxels: int) -> int:
-        """Capacity for about so many voxels."""
-        return (int(voxels * self._margin) // ROWS + 1) * ROWS
