@@ -460,8 +460,12 @@ FLAT_PROBLEMS = {
 }
 
 
+@pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("name", FLAT_PROBLEMS)
-def test_flat_window_attention(name: str) -> None:
+def test_flat_window_attention(name: str, prefetch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tiles in flat_kernels.TUNING["forward"].values():
+        monkeypatch.setitem(tiles, "PREFETCH", prefetch)
+    flat_kernels.plan.cache_clear()
     counts, padding, window, group, heads, D, dtype = FLAT_PROBLEMS[name]
     torch.manual_seed(0)
     coords = pillars(counts, 12, padding)
