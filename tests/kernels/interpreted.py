@@ -457,6 +457,7 @@ FLAT_PROBLEMS = {
     "half": ([40, 3], 40, (5, 5), 20, 2, 16, torch.float16),
     "full": ([32], 0, (12, 12), 16, 1, 8, torch.float32),
     "large_group": ([30, 100], 2, (3, 3), 72, 1, 16, torch.float32),
+    "single_pillars": ([9], 0, (4, 4), 1, 1, 8, torch.float32),  # nothing to choose from: gradients of q and k vanish
 }
 
 
@@ -511,6 +512,7 @@ SCATTER = {
     # With windows cut at 64 rows: over three pieces, exactly one piece, one row more.
     "long": ([10, 140, 64, 65, 2], 70, 1, 16, False, True),
     "long_permuted": ([150, 0, 90], 1, 2, 16, True, False),
+    "one_row": ([1], 0, 1, 16, False, True),
 }
 
 

@@ -58,15 +58,14 @@ def _queries_at(
 
 
 @triton.jit
-def _logits(q, k, inside, factor):
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
-    return tl.where(inside[None, :], s, float("-inf"))
+def _products(q, k, inside):
+    return tl.where(inside[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
 
 
 @triton.jit
 def _logit_gradient(q, do, k, v, inside, lse, delta, factor):
     """dq / scale of the keys in a tile."""
-    p = tl.exp2(_logits(q, k, inside, factor) - lse[:, None])
+    p = tl.exp2(_products(q, k, inside) * factor - lse[:, None])
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     return tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, input_precision="ieee")
 
@@ -115,17 +114,18 @@ def _flat_window_forward_kernel(
                 )  # fmt: skip
             else:
                 pillar, q = _queries_at(q_ptr, order_ptr, at, end, q_stride, D, BLOCK_D, BLOCK_M)
-            s = _logits(q, k, inside, factor)
+            s = _products(q, k, inside)
             largest = tl.max(s, 1)
             if TAIL > 0:
-                s_tail = _logits(q, k_tail, inside_tail, factor)
+                s_tail = _products(q, k_tail, inside_tail)
                 largest = tl.maximum(largest, tl.max(s_tail, 1))
-            largest = tl.where(first < 0, 0.0, largest)
-            p = tl.exp2(s - largest[:, None])
+            # The factor is positive; applied here, it and the difference are one instruction.
+            largest = tl.where(first < 0, 0.0, largest * factor)
+            p = tl.exp2(s * factor - largest[:, None])
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
             if TAIL > 0:
-                p = tl.exp2(s_tail - largest[:, None])
+                p = tl.exp2(s_tail * factor - largest[:, None])
                 total += tl.sum(p, 1)
                 out = tl.dot(p.to(v.dtype), v_tail, out, input_precision="ieee")
             total = tl.where(first < 0, 1.0, total)
