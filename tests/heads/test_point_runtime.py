@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from zoo.backbones.padded_graphs import CloudBuffer, CloudGraphs
 from zoo.backbones.point_layers import DynamicVFE, FoldedVFE
-from zoo.heads.point_runtime import PointRuntime
+from zoo.heads.map_convs import ConvReLU, fuse_convs
+from zoo.heads.point_runtime import PointRuntime, fold_norms
 from zoo.kernels.rotated_iou import reference as rotated_iou
 
 from .test_point_detectors import NAMES, assert_same, build, cloud
@@ -216,6 +217,34 @@ def test_the_graph_unused_for_longest_goes() -> None:
     assert not graphs.graphs
     with pytest.raises(ValueError, match="max_graphs must be positive, got 0"):
         CloudGraphs(graphs.function, 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_fused_convolutions_change_nothing(name: str) -> None:
+    detector = build(name)
+    x, expected = torch.randn(1, *detector.map_shape), fold_norms(build(name))
+    fused = fuse_convs(fold_norms(detector))
+    assert sum(isinstance(m, ConvReLU) for m in fused.modules()) > 10
+    torch.testing.assert_close(fused.dense(x), expected.dense(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize("added", [False, True])
+@torch.no_grad()
+def test_convolution_with_sum_and_relu(added: bool, device: str) -> None:
+    torch.manual_seed(0)
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    for kernel, stride in ((3, 1), (3, 2), (1, 1)):
+        conv = nn.Conv2d(16, 24, kernel, stride, kernel // 2).to(device, dtype, memory_format=torch.channels_last)
+        x = torch.randn(2, 16, 20, 14).to(device, dtype, memory_format=torch.channels_last)
+        other = torch.randn_like(conv(x)) if added else None
+        exact = nn.functional.conv2d(x.float(), conv.weight.float(), conv.bias.float(), stride, kernel // 2)
+        out = ConvReLU(conv)(x, other)
+        assert out.is_contiguous(memory_format=torch.channels_last) or device == "cpu"
+        torch.testing.assert_close(
+            out.float(), (exact if other is None else exact + other).relu(), rtol=1e-2, atol=1e-2
+        )
 
 
 @pytest.mark.gpu

@@ -27,6 +27,7 @@ from zoo.backbones.point_layers import FoldedVFE
 from zoo.heads.bev_ops import BatchDetections
 from zoo.heads.center_point import CenterHead
 from zoo.heads.detections import Detections
+from zoo.heads.map_convs import conv_relu, fuse_convs
 from zoo.heads.point_base import PointDetector, drop_empty
 from zoo.kernels.voxelize import Voxels, group_points
 
@@ -91,7 +92,7 @@ class JointBranches(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[B, C, H, W] -> raw maps by name, as `CenterHead.forward`."""
-        x = F.relu_(F.conv2d(self.shared_conv(x), self.hidden_weight, self.hidden_bias, padding=1))
+        x = conv_relu(self.shared_conv(x), self.hidden_weight, self.hidden_bias)
         maps = F.conv2d(x, self.weight, self.bias, padding=1)
         parts = maps[:, : sum(self.sizes.values())].split(list(self.sizes.values()), 1)
         return dict(zip(self.sizes, parts, strict=True))
@@ -132,6 +133,7 @@ class PointRuntime:
         self.on_gpu = self.device.type == "cuda"
         self.dtype = dtype or (torch.float16 if self.on_gpu else torch.float32)
         self.padded = self.on_gpu if padded is None else padded
+        self.compiled = compile
         with torch.no_grad():
             self.detector = self._prepare(detector)
         self._maps = torch.compile(self._dense, dynamic=False) if compile else self._dense
@@ -145,6 +147,9 @@ class PointRuntime:
         fold_norms(detector)
         joint = self.padded and isinstance(detector.head, CenterHead)
         self._head = JointBranches(detector.head) if joint else detector.head
+        if not self.compiled:
+            # A compiler joins more by itself.
+            fuse_convs(detector)
         for module in [*detector.children(), self._head]:
             if module is not detector.vfe_module:
                 self._cast(module)
