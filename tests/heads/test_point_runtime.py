@@ -19,6 +19,8 @@ from .test_point_detectors import NAMES, assert_same, build, cloud
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 NAN = float("nan")
+# Of voxels, of the two stages and of the pillars.
+ROWS = (1024, 1024, 1024, 512)
 SIZE, RANGE = (0.5, 0.5, 2.0), (-8.0, -8.0, -2.0, 8.0, 8.0, 4.0)
 
 
@@ -97,7 +99,7 @@ def test_padding_with_nan_changes_no_bit_of_the_voxels(clamp: bool) -> None:
 @torch.no_grad()
 def test_padding_with_nan_changes_no_bit_of_the_boxes(name: str) -> None:
     runtime, clouds = build(name).accelerate(padded=True), [cloud(900), cloud(0), cloud(300, 2)]
-    boxes = [runtime._graphs(clouds, points, 1024) for points in (900, 1024, 4321)]
+    boxes = [runtime._graphs(clouds, points, ROWS) for points in (900, 1024, 4321)]
     assert boxes[0][0].count[0] > 3
     for found, numbers in boxes[1:]:
         assert torch.equal(numbers, boxes[0][1])
@@ -116,9 +118,9 @@ def test_nothing_waits_between_points_and_boxes(name: str, monkeypatch: pytest.M
 
     monkeypatch.setattr(rotated_iou, "nms", by_kernel)
     runtime, clouds = build(name).accelerate(padded=True), [cloud(900), cloud(0)]
-    expected = runtime._graphs(clouds, 1024, 1024)
+    expected = runtime._graphs(clouds, 1024, ROWS)
     with NothingWaits() as mode:
-        found = runtime._graphs(clouds, 1024, 1024)
+        found = runtime._graphs(clouds, 1024, ROWS)
     assert torch.equal(found[0].boxes, expected[0].boxes) and mode.calls > 100
 
 
@@ -263,7 +265,7 @@ def test_graphs_from_points_to_boxes(name: str) -> None:
         runtime(batch)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            runtime._graphs(batch, room.points, room.capacity)
+            runtime._graphs(batch, room.points, room.rows)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

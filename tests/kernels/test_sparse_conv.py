@@ -134,6 +134,19 @@ def test_transposed_table_is_the_inverse(name: str) -> None:
     assert (neighbours.table >= 0).sum() == (neighbours.transposed >= 0).sum()
 
 
+@pytest.mark.parametrize("name", STRIDED)
+def test_neighbours_without_gradients(name: str) -> None:
+    sites, _ = sort_sites(make_voxels())
+    out, expected = downsample(sites, *STRIDED[name])
+    same, neighbours = downsample(sites, *STRIDED[name], gradients=False)
+    assert torch.equal(same.keys, out.keys) and torch.equal(neighbours.table, expected.table)
+    x, weight = torch.randn(len(sites.keys), 3), torch.randn(4, *neighbours.kernel, 3, requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(sparse_conv(x, weight, None, neighbours), sparse_conv(x, weight, None, expected))
+    with pytest.raises(ValueError, match=r"downsample\(..., gradients=True\)"):
+        sparse_conv(x, weight, None, neighbours)
+
+
 def test_padding_changes_no_real_row() -> None:
     plain, padded = make_voxels(), make_voxels(padding=40)
     x = torch.randn(130, 6)

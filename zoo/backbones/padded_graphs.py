@@ -141,18 +141,19 @@ class CloudBuffer:
 
 
 class CloudGraphs:
-    """Run `function(cloud, capacity)` on batches of point clouds, one CUDA graph for each size.
+    """Run `function(cloud, rows)` on batches of point clouds, one CUDA graph for each size.
 
-    The function takes points float32 [B, P, F], of which rows of NaN are padding, and the rows that voxels have; it
-    must neither wait for the device nor change its results with padding. On a CPU it is called as it is, on the same
-    padded points. Graphs share their memory, so that what is returned is overwritten by the next call of any size.
+    The function takes points float32 [B, P, F], of which rows of NaN are padding, and the numbers of rows that it pads
+    to itself; it must neither wait for the device nor change its results with padding. On a CPU it is called as it is,
+    on the same padded points. Graphs share their memory, so that what is returned is overwritten by the next call of
+    any size.
 
     Args:
         function: Returns tensors in any nesting.
         max_graphs: Graphs that are kept; the one that was not used for longest goes.
     """
 
-    def __init__(self, function: Callable[[Tensor, int], Any], max_graphs: int = 4) -> None:
+    def __init__(self, function: Callable[[Tensor, Any], Any], max_graphs: int = 4) -> None:
         if max_graphs < 1:
             raise ValueError(f"max_graphs must be positive, got {max_graphs}.")
         self.function, self.max_graphs = function, max_graphs
@@ -163,25 +164,25 @@ class CloudGraphs:
         """Forget all graphs."""
         self.graphs.clear()
 
-    def __call__(self, clouds: Sequence[Tensor], points: int, capacity: int) -> Any:
+    def __call__(self, clouds: Sequence[Tensor], points: int, rows: Hashable) -> Any:
         """The function's result on clouds [n, F], each padded to `points` rows."""
-        key = len(clouds), points, capacity
+        key = len(clouds), points, rows
         if key in self.graphs:
             buffer, run = self.graphs.pop(key)
             buffer.load(clouds)
         else:
             while len(self.graphs) >= self.max_graphs:
                 del self.graphs[next(iter(self.graphs))]
-            buffer, run = self._make(clouds, points, capacity)
+            buffer, run = self._make(clouds, points, rows)
         self.graphs[key] = buffer, run
         return run()
 
-    def _make(self, clouds: Sequence[Tensor], points: int, capacity: int) -> tuple[CloudBuffer, Callable[[], Any]]:
+    def _make(self, clouds: Sequence[Tensor], points: int, rows: Hashable) -> tuple[CloudBuffer, Callable[[], Any]]:
         buffer = CloudBuffer((len(clouds), points, clouds[0].shape[1]), clouds[0].device)
         buffer.load(clouds)
 
         def function() -> Any:
-            return self.function(buffer.cloud, capacity)
+            return self.function(buffer.cloud, rows)
 
         if not buffer.cloud.is_cuda:
             return buffer, function

@@ -331,6 +331,17 @@ class ScatterFormer(nn.Module):
         sites, order = sort_sites(voxels._replace(shape=self.shape), is_sorted=is_sorted)
         return (features if order is None else features[order]), sites
 
+    def _coarser(self, sites: Sites, strided, capacity: int | None = None) -> tuple[Sites, Neighbours]:
+        return downsample(sites, *strided, self.window, capacity, gradients=torch.is_grad_enabled())
+
+    @torch.no_grad()
+    def count_rows(self, voxels: Voxels) -> tuple[int, int, int]:
+        """Rows of the first stage, of the second and of the pillars for voxels sorted by sample, x, y, z, none of them
+        padding; waits for the device."""
+        sites, _ = self._coarser(sort_sites(voxels._replace(shape=self.shape), is_sorted=True)[0], HALVE_HEIGHT)
+        second, _ = self._coarser(sites, HALVE_ALL)
+        return len(sites.keys), len(second.keys), len(find_pillars(second).rows)
+
     def encode_sites(self, features: Tensor, sites: Sites, capacity: int | None = None) -> tuple[Tensor, Sites]:
         """Convolutions before the first stage: [N, Cin] -> [N', C] and the sites of the first stage."""
         first, *blocks, last = self.cpe
@@ -338,14 +349,14 @@ class ScatterFormer(nn.Module):
         x = first(features, neighbours)
         for block in blocks:
             x = block(x, neighbours)
-        sites, neighbours = downsample(sites, *HALVE_HEIGHT, self.window, capacity)
+        sites, neighbours = self._coarser(sites, HALVE_HEIGHT, capacity)
         return last(x, neighbours), sites
 
     def run_stages(self, x: Tensor, sites: Sites, capacity: int | None = None) -> tuple[Tensor, Sites]:
         """Both stages: [N, C] -> [N', C] and the sites of the second."""
         layers, norm, conv = self.stage1
         x = norm(layers(x, stage_index(sites)))
-        sites, neighbours = downsample(sites, *HALVE_ALL, self.window, capacity)
+        sites, neighbours = self._coarser(sites, HALVE_ALL, capacity)
         x = conv(x, neighbours)
         layers, norm = self.stage2
         return norm(layers(x, stage_index(sites))), sites

@@ -24,6 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from zoo.backbones.padded_graphs import CloudGraphs
 from zoo.backbones.point_layers import FoldedVFE
+from zoo.backbones.scatterformer import ScatterFormer
 from zoo.heads.bev_ops import BatchDetections
 from zoo.heads.center_point import CenterHead
 from zoo.heads.detections import Detections
@@ -103,8 +104,13 @@ class Room:
     """What batches of one number of samples are padded to."""
 
     points: int  # rows of each cloud
-    capacity: int  # rows of the batch's voxels
+    rows: tuple[int, ...]  # rows of the batch's voxels, then of the stages that have sites of their own
     spare: int = 0  # batches in a row that needed far less
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the batch's voxels."""
+        return self.rows[0]
 
 
 class PointRuntime:
@@ -139,7 +145,8 @@ class PointRuntime:
         self._maps = torch.compile(self._dense, dynamic=False) if compile else self._dense
         self._graphs = CloudGraphs(self._detect, max_graphs)
         self._rooms: dict[int, Room] = {}
-        self._margin = MARGIN
+        # The backbone whose later stages have more or fewer sites than there are voxels.
+        self._growing = next((m for m in self.detector.children() if isinstance(m, ScatterFormer)), None)
 
     def _prepare(self, detector: PointDetector) -> PointDetector:
         detector = copy.deepcopy(detector).eval().requires_grad_(False)
@@ -176,11 +183,12 @@ class PointRuntime:
         features, voxels = self._encoder(cloud, [len(cloud) for cloud in clouds], capacity)
         return features.to(self.dtype), voxels
 
-    def _detect(self, cloud: Tensor, capacity: int) -> tuple[BatchDetections, Tensor]:
-        """Boxes of clouds [B, P, F], and the numbers that the host waits for: boxes of each sample, voxels, whether the
-        capacity was too small."""
+    def _detect(self, cloud: Tensor, rows: tuple[int, ...]) -> tuple[BatchDetections, Tensor]:
+        """Boxes of clouds [B, P, F], and the numbers that the host waits for: boxes of each sample, voxels, whether
+        some rows did not suffice."""
         B, P, _ = cloud.shape
-        features, voxels = self._encoder(cloud.flatten(0, 1), [P] * B, capacity)
+        features, voxels = self._encoder(cloud.flatten(0, 1), [P] * B, rows[0])
+        self._grow(rows)
         # Maps keep their size, so that trying convolution algorithms once pays.
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=self.dtype != torch.float32):
             x, full = self.detector.encode_padded(features.to(self.dtype), voxels)
@@ -197,12 +205,12 @@ class PointRuntime:
             return self._run_unpadded(clouds)
         room, full = self._room(clouds), True
         while full:
-            found, numbers = self._graphs(clouds, room.points, room.capacity)
+            found, numbers = self._graphs(clouds, room.points, room.rows)
             # The memory of a graph is written again by the next batch. These copies need not wait.
             boxes, scores, labels = (x.clone() for x in found[:3])
             *counts, voxels, full = numbers.tolist()
             if full:
-                self._enlarge(room, clouds, voxels)
+                room.rows = tuple(map(max, room.rows, self._rows(clouds)))
         self._save(room, clouds, voxels)
         return [Detections(*(x[:n] for x in parts)) for *parts, n in zip(boxes, scores, labels, counts, strict=True)]
 
@@ -211,37 +219,35 @@ class PointRuntime:
         most = max(map(len, clouds))
         room = self._rooms.get(len(clouds))
         if room is None:
-            room = Room(self._bucket(most), self._capacity(self._count(clouds)))
-            self._rooms[len(clouds)] = room
+            room = self._rooms[len(clouds)] = Room(self._bucket(most), self._rows(clouds))
         if most > room.points:
             room.points = self._bucket(most)
         return room
 
-    def _enlarge(self, room: Room, clouds: list[Tensor], voxels: int) -> None:
-        """More room for voxels after a batch that filled it with so many."""
-        if voxels < room.capacity:
-            # A later stage needs more rows for a voxel than it was given.
-            self._margin *= 2
-        else:
-            voxels = self._count(clouds)
-        room.capacity = max(self._capacity(voxels), room.capacity + ROWS)
-
     def _save(self, room: Room, clouds: list[Tensor], voxels: int) -> None:
         """Less room after many small batches."""
-        points, capacity = self._bucket(max(map(len, clouds))), self._capacity(voxels)
-        far_less = points * WASTE < room.points or capacity * WASTE < room.capacity
+        points = self._bucket(max(map(len, clouds)))
+        far_less = points * WASTE < room.points or self._capacity(voxels) * WASTE < room.capacity
         room.spare = room.spare + 1 if far_less else 0
         if room.spare >= PATIENCE:
-            room.points, room.capacity, room.spare = points, capacity, 0
+            room.points, room.rows, room.spare = points, self._rows(clouds), 0
 
-    def _count(self, clouds: list[Tensor]) -> int:
-        """Voxels of a batch; waits for the device."""
-        grouping = group_points(torch.cat(clouds), [len(cloud) for cloud in clouds], self._encoder.grid)
-        return len(grouping.voxels.coords)
+    def _rows(self, clouds: list[Tensor]) -> tuple[int, ...]:
+        """Rows for about what the batch has; waits for the device."""
+        voxels = group_points(torch.cat(clouds), [len(cloud) for cloud in clouds], self._encoder.grid).voxels
+        later = self._growing.count_rows(voxels) if self._growing else ()
+        return tuple(map(self._capacity, (len(voxels.coords), *later)))
 
-    def _capacity(self, voxels: int) -> int:
-        """Capacity for about so many voxels."""
-        return (int(voxels * self._margin) // ROWS + 1) * ROWS
+    def _grow(self, rows: tuple[int, ...]) -> None:
+        """Give later stages their rows."""
+        if self._growing:
+            # The backbone rounds up.
+            self._growing.growth = tuple((n - 0.5) / rows[0] for n in rows[1:])
+
+    @staticmethod
+    def _capacity(n: int) -> int:
+        """Rows for about n voxels, always more."""
+        return (int(n * MARGIN) // ROWS + 1) * ROWS
 
     @staticmethod
     def _bucket(points: int) -> int:
@@ -260,10 +266,13 @@ class PointRuntime:
         """The stages of a call, each ready to run on what the one before makes of these points: `encoder`, `backbone`,
         `maps` and `boxes`, which suppresses too. For measurements."""
         detector, clouds = self.detector, self.detector.check(points)
-        capacity = self._room(clouds).capacity if self.padded else None
+        rows = self._room(clouds).rows if self.padded else (None,)
+        capacity = rows[0]
         features, voxels = self._encode(clouds, capacity)
 
         def backbone() -> Tensor:
+            if self.padded:
+                self._grow(rows)
             return detector.encode_padded(features, voxels)[0] if self.padded else detector.encode(features, voxels)
 
         x = backbone()

@@ -230,6 +230,9 @@ def sparse_conv(
     x, weight, bias = cast_for_autocast(x, weight, bias)
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         raise ValueError(f"x, weight and bias need one dtype, got {x.dtype} and {weight.dtype}.")
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if wanted and len(neighbours.transposed) != len(neighbours.table):
+        raise ValueError("gradients need neighbours that were made for them: downsample(..., gradients=True).")
     weight = weight.flatten(1, 3)  # [Cout, K, Cin]
     if use_triton(backend, lambda explain: can_run(x, neighbours, explain)):
         _, table, tiles, transposed, transposed_tiles, mirror = neighbours
