@@ -152,6 +152,9 @@ class PointRuntime:
         detector = copy.deepcopy(detector).eval().requires_grad_(False)
         self._encoder = FoldedVFE(detector.vfe_module)
         fold_norms(detector)
+        for module in detector.children():
+            if isinstance(module, ScatterFormer):
+                module.fold_norms()
         joint = self.padded and isinstance(detector.head, CenterHead)
         self._head = JointBranches(detector.head) if joint else detector.head
         if not self.compiled:
