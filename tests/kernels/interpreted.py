@@ -5,6 +5,8 @@ The interpreter is slow and wrong in bfloat16, so shapes are tiny and the dtype 
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -28,7 +30,15 @@ from zoo.kernels.rotated_iou import reference as rotated_reference
 from zoo.kernels.rotated_iou import triton as rotated_kernels
 from zoo.kernels.scatter_linear import reference as scatter_reference
 from zoo.kernels.scatter_linear import triton as scatter_kernels
-from zoo.kernels.sparse_conv import Neighbours, downsample, same_table, sort_sites, triton_depthwise, triton_neighbours
+from zoo.kernels.sparse_conv import (
+    Neighbours,
+    downsample,
+    same_table,
+    sort_sites,
+    triton_depthwise,
+    triton_neighbours,
+    triton_tiles,
+)
 from zoo.kernels.sparse_conv import reference as conv3d_reference
 from zoo.kernels.sparse_conv import triton as conv3d_kernels
 from zoo.kernels.sparse_conv.sites import build_tiles
@@ -619,6 +629,15 @@ def test_sparse_depthwise_convolution(
     dweight = triton_depthwise.weight_gradient(grad, x, table, taps, D)
     expected = conv3d_reference.sparse_depthwise_weight_gradient(exact[2], exact[0], table, taps, D)
     torch.testing.assert_close(dweight.double(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 5, 2), (3, 3, 4)], ids=str)
+def test_tiles(kernel: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    for N in (0, 1, 64, 150):
+        table = torch.randint(-2, 3, (math.prod(kernel), N), dtype=torch.int32)
+        table[:, N // 2 :] = -1  # as padding has it
+        assert torch.equal(triton_tiles.build_tiles(table, kernel, 64), build_tiles(table, kernel))
 
 
 @pytest.mark.parametrize("capacity", [None, 100, 20])

@@ -196,14 +196,13 @@ def make_tiles(table: Tensor, kernel: Sequence[int]) -> Tensor:
         int32 [T, 1 + K + TILE]: how many taps a tile meets, these taps first among all K, and its rows, -1 behind the
         last one. Empty on a CPU, where the reference runs.
     """
-    K, N = table.shape
-    if not table.is_cuda:
-        return table.new_empty(0)
-    return build_tiles(table, kernel)
+    import zoo.kernels.sparse_conv.op  # noqa: F401 (registers the op)
+
+    return torch.ops.zoo.sparse_tiles(table, list(kernel)) if table.is_cuda else table.new_empty(0)
 
 
 def build_tiles(table: Tensor, kernel: Sequence[int]) -> Tensor:
-    """`make_tiles` on any device."""
+    """`make_tiles` in plain PyTorch."""
     K, N = table.shape
     T = -(-N // TILE)
     hit = table >= 0
