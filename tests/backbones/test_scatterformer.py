@@ -56,6 +56,34 @@ def test_padding_and_order_change_nothing() -> None:
     torch.testing.assert_close(shuffled, bev)
 
 
+def test_folded_norms_change_nothing() -> None:
+    model, voxels, x = make_model(), make_voxels((150, 90)), torch.randn(240, 8)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            for values in (module.weight, module.running_var):
+                torch.nn.init.uniform_(values, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, -0.3, 0.3)
+    with torch.no_grad():
+        expected = model(x, voxels, is_sorted=True)
+        actual = model.fold_norms()(x, voxels, is_sorted=True)
+    assert sum(isinstance(m, torch.nn.BatchNorm1d) for m in model.modules()) == 2 * 1 + 2
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_counted() -> None:
+    """Rooms of just that many rows hold all sites."""
+    model, voxels, padded = make_model(), make_voxels((150, 0, 90)), make_voxels((150, 0, 90), 1)
+    x, rows = torch.randn(240, 8), model.count_rows(voxels)
+    with torch.no_grad():
+        expected = model(x, voxels, is_sorted=True)
+        model.growth = tuple((n - 0.5) / 241 for n in rows)
+        enough = model(torch.cat((x, x[:1])), padded, is_sorted=True)
+        model.growth = tuple((n - 1.5) / 241 for n in rows)
+        too_few = model(torch.cat((x, x[:1])), padded, is_sorted=True)
+    torch.testing.assert_close(enough, expected)
+    assert not torch.allclose(too_few, expected)
+
+
 def test_samples_do_not_see_each_other() -> None:
     model, voxels, x = make_model(), make_voxels((150, 90)), torch.randn(240, 8)
     coords = voxels.coords[150:].clone()

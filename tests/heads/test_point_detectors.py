@@ -155,10 +155,11 @@ def test_fast_inference_gives_the_same_boxes(name: str, device: str, padded: boo
 def test_fast_inference_grows_and_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
     detector = build("flatformer_nano")
     monkeypatch.setattr("zoo.heads.point_runtime.ROWS", 64)
+    monkeypatch.setattr("zoo.heads.point_runtime.PATIENCE", 2)
     runtime, small, large = detector.accelerate(padded=True), [cloud(30)], [cloud(2000)]
     for batch in (small, large, large, small, small):
         assert_same(runtime(batch)[0], detector(batch)[0])
-        capacity = runtime._capacity[1]
+        capacity = runtime._rooms[1].capacity
         voxels = len(detector.vfe_module(batch)[1].coords)
         assert voxels < capacity
     assert capacity < 4 * voxels + 2 * 64
@@ -169,12 +170,15 @@ def test_fast_inference_sees_full_stages(monkeypatch: pytest.MonkeyPatch) -> Non
     """Later stages of ScatterFormer have room of their own."""
     detector, batch = build("scatterformer_nano"), [cloud(300)]
     monkeypatch.setattr("zoo.heads.point_runtime.ROWS", 64)
-    voxels = len(detector.vfe_module(batch)[1].coords)
-    for growth in ((0.5, 1.5, 0.75), (1.5, 0.3, 0.75), (1.5, 1.5, 0.2)):
-        detector.backbone_3d.growth = growth
-        runtime = detector.accelerate(padded=True)
-        assert_same(runtime(batch)[0], detector(batch)[0])
-        assert runtime._capacity[1] >= 2 * voxels
+    expected = detector(batch)[0]
+    runtime = detector.accelerate(padded=True)
+    assert_same(runtime(batch)[0], expected)
+    enough = runtime._rooms[1].rows
+    assert len(enough) == 4
+    for stage in range(4):
+        runtime._rooms[1].rows = tuple(64 if i == stage else n for i, n in enumerate(enough))
+        assert_same(runtime(batch)[0], expected)
+        assert runtime._rooms[1].rows == enough
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,6 +5,8 @@ The interpreter is slow and wrong in bfloat16, so shapes are tiny and the dtype 
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -28,7 +30,15 @@ from zoo.kernels.rotated_iou import reference as rotated_reference
 from zoo.kernels.rotated_iou import triton as rotated_kernels
 from zoo.kernels.scatter_linear import reference as scatter_reference
 from zoo.kernels.scatter_linear import triton as scatter_kernels
-from zoo.kernels.sparse_conv import Neighbours, downsample, same_table, sort_sites, triton_depthwise, triton_neighbours
+from zoo.kernels.sparse_conv import (
+    Neighbours,
+    downsample,
+    same_table,
+    sort_sites,
+    triton_depthwise,
+    triton_neighbours,
+    triton_tiles,
+)
 from zoo.kernels.sparse_conv import reference as conv3d_reference
 from zoo.kernels.sparse_conv import triton as conv3d_kernels
 from zoo.kernels.sparse_conv.sites import build_tiles
@@ -457,11 +467,16 @@ FLAT_PROBLEMS = {
     "half": ([40, 3], 40, (5, 5), 20, 2, 16, torch.float16),
     "full": ([32], 0, (12, 12), 16, 1, 8, torch.float32),
     "large_group": ([30, 100], 2, (3, 3), 72, 1, 16, torch.float32),
+    "single_pillars": ([9], 0, (4, 4), 1, 1, 8, torch.float32),  # nothing to choose from: gradients of q and k vanish
 }
 
 
+@pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("name", FLAT_PROBLEMS)
-def test_flat_window_attention(name: str) -> None:
+def test_flat_window_attention(name: str, prefetch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tiles in flat_kernels.TUNING["forward"].values():
+        monkeypatch.setitem(tiles, "PREFETCH", prefetch)
+    flat_kernels.plan.cache_clear()
     counts, padding, window, group, heads, D, dtype = FLAT_PROBLEMS[name]
     torch.manual_seed(0)
     coords = pillars(counts, 12, padding)
@@ -507,6 +522,7 @@ SCATTER = {
     # With windows cut at 64 rows: over three pieces, exactly one piece, one row more.
     "long": ([10, 140, 64, 65, 2], 70, 1, 16, False, True),
     "long_permuted": ([150, 0, 90], 1, 2, 16, True, False),
+    "one_row": ([1], 0, 1, 16, False, True),
 }
 
 
@@ -615,12 +631,22 @@ def test_sparse_depthwise_convolution(
     torch.testing.assert_close(dweight.double(), expected, **tolerance)
 
 
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 5, 2), (3, 3, 4)], ids=str)
+def test_tiles(kernel: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    for N in (0, 1, 64, 150):
+        table = torch.randint(-2, 3, (math.prod(kernel), N), dtype=torch.int32)
+        table[:, N // 2 :] = -1  # as padding has it
+        assert torch.equal(triton_tiles.build_tiles(table, kernel, 64), build_tiles(table, kernel))
+
+
 @pytest.mark.parametrize("capacity", [None, 100, 20])
 @pytest.mark.parametrize(("order", "clamp"), [("zyx", True), ("xyz", False)])
-def test_grouped_points(order: str, clamp: bool, capacity: int | None) -> None:
+@pytest.mark.parametrize("sizes", [[30, 0, 50], [40, 40]], ids=str)
+def test_grouped_points(sizes: list[int], order: str, clamp: bool, capacity: int | None) -> None:
     torch.manual_seed(0)
-    points, sizes = torch.rand(80, 5) * 10 - 5, [30, 0, 50]
-    points[3, 4], points[60, 0] = torch.nan, torch.inf
+    points = torch.rand(80, 5) * 10 - 5
+    points[3, 4], points[60, 0], points[35:40] = torch.nan, torch.inf, torch.nan
     grid = make_grid((0.5, 0.25, 1.0), (-4.0, -2.0, -1.0, 4.0, 2.0, 2.0), clamp, order)
     expected = voxel_reference.group_points(points, sizes, grid, capacity)
     actual = voxel_kernels.group_points(points, sizes, grid, capacity)

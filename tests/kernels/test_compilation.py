@@ -31,7 +31,7 @@ from zoo.kernels.halo.reference import Geometry, query_size
 from zoo.kernels.rotated_iou import triton as rotated
 from zoo.kernels.scatter_linear import triton as scatter_linear
 from zoo.kernels.sparse_conv import triton as sparse_conv
-from zoo.kernels.sparse_conv import triton_depthwise, triton_neighbours
+from zoo.kernels.sparse_conv import triton_depthwise, triton_neighbours, triton_tiles
 from zoo.kernels.sparse_conv.reference import SiteGrid
 from zoo.kernels.tile_sparse import Diagonal, Layout, pattern_table, triton_descriptors
 from zoo.kernels.tile_sparse import triton as tile_sparse
@@ -313,6 +313,7 @@ def launch_sparse_depthwise() -> None:
     grid = SiteGrid(1, (16, 480, 480), (12, 12))
     triton_neighbours.neighbour_table(keys, coords, (3, 3, 3), (1, 1, 1), (1, 1, 1), False, grid)
     triton_neighbours.neighbour_table(keys, coords, (3, 3, 3), (2, 2, 2), (1, 1, 1), True, grid)
+    triton_tiles.build_tiles(table[:27], (3, 3, 3), 64)
 
 
 def launch_selection(name: str) -> None:

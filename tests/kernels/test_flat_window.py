@@ -48,9 +48,9 @@ def make(name: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tens
     """q, k, v as slices of packed projections, an output gradient, the flattening."""
     counts, side, padding, window, group, heads, D = PROBLEMS[name]
     voxels = pillars(counts, side, padding, device)
-    generator = torch.Generator(device).manual_seed(5)
-    V = len(voxels.coords)
-    packed = torch.randn(V, 4, heads, D, generator=generator, device=device).to(dtype)
+    # The same numbers on every device.
+    generator = torch.Generator().manual_seed(5)
+    packed = torch.randn(len(voxels.coords), 4, heads, D, generator=generator).to(device, dtype)
     return [*packed[:, :3].unbind(1)], packed[:, 3], flatten_windows(voxels, window, group)
 
 

@@ -35,10 +35,11 @@ def make(name: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tens
     """Views of a packed projection, an output gradient, offsets and the order of the rows."""
     counts, behind, M, D, permuted = PROBLEMS[name]
     rows = sum(counts) + behind
-    generator = torch.Generator(device).manual_seed(2)
-    qkv, grad = (torch.randn(rows, n, M, D, generator=generator, device=device).to(dtype) for n in (3, 1))
+    # The same numbers on every device.
+    generator = torch.Generator().manual_seed(2)
+    qkv, grad = (torch.randn(rows, n, M, D, generator=generator).to(device, dtype) for n in (3, 1))
     offsets = torch.tensor([0, *counts], device=device).cumsum(0).int()
-    order = torch.randperm(rows, generator=generator, device=device) if permuted else None
+    order = torch.randperm(rows, generator=generator).to(device) if permuted else None
     return list(qkv.unbind(1)), grad[:, 0], (offsets, order)
 
 

@@ -22,7 +22,7 @@ from zoo.kernels.sparse_conv import (
 )
 from zoo.kernels.sparse_conv import reference as sparse_reference
 from zoo.kernels.sparse_conv.op import can_run, can_run_depthwise
-from zoo.kernels.sparse_conv.sites import TILE, build_tiles
+from zoo.kernels.sparse_conv.sites import TILE, build_tiles, make_tiles
 from zoo.kernels.voxelize import Voxels
 
 from .oracle import DTYPES, assert_as_exact_as_torch, with_gradients
@@ -132,6 +132,19 @@ def test_transposed_table_is_the_inverse(name: str) -> None:
         tap, place = (table >= 0).nonzero().unbind(1)
         assert len(tap) and torch.equal(other[tap, table[tap, place].long()].long(), place)
     assert (neighbours.table >= 0).sum() == (neighbours.transposed >= 0).sum()
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_neighbours_without_gradients(name: str) -> None:
+    sites, _ = sort_sites(make_voxels())
+    out, expected = downsample(sites, *STRIDED[name])
+    same, neighbours = downsample(sites, *STRIDED[name], gradients=False)
+    assert torch.equal(same.keys, out.keys) and torch.equal(neighbours.table, expected.table)
+    x, weight = torch.randn(len(sites.keys), 3), torch.randn(4, *neighbours.kernel, 3, requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(sparse_conv(x, weight, None, neighbours), sparse_conv(x, weight, None, expected))
+    with pytest.raises(ValueError, match=r"downsample\(..., gradients=True\)"):
+        sparse_conv(x, weight, None, neighbours)
 
 
 def test_padding_changes_no_real_row() -> None:
@@ -344,6 +357,17 @@ def test_opcheck_depthwise_and_neighbours(device: str) -> None:
     sites, _ = sort_sites(make_voxels(device=device), (4, 3))
     sizes = ([3, 3, 3], [1, 1, 1], [1, 1, 1], False, 3, list(SHAPE), [4, 3])
     torch.library.opcheck(torch.ops.zoo.sparse_neighbours, (sites.keys, sites.coords, *sizes))
+    neighbours = same_table(sites, [(3, 3, 3)])
+    torch.library.opcheck(torch.ops.zoo.sparse_tiles, (neighbours, [3, 3, 3]))
+
+
+@gpu
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 13, 1), (5, 5, 3)], ids=str)
+def test_tiles_on_a_gpu_are_the_definition(kernel: tuple[int, int, int]) -> None:
+    for padding in (0, 4000):
+        table = torch.randint(-3, 3, (torch.Size(kernel).numel(), 5000), dtype=torch.int32, device="cuda")
+        table[:, 5000 - padding :] = -1
+        assert torch.equal(make_tiles(table, kernel), build_tiles(table, kernel))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])

@@ -1,8 +1,8 @@
-"""CUDA graphs for functions of voxels, whose number changes from scan to scan."""
+"""CUDA graphs for functions of points or voxels, whose number changes from scan to scan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +11,34 @@ from torch import Tensor
 from zoo.kernels.voxelize import Voxels
 
 
+def record(run: Callable[[], Any], autocast: Any = False, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Capture what `run` launches.
+
+    Args:
+        run: Reads and writes tensors that stay where they are, and does not wait for the device.
+        autocast: Dtype of the autocast region around, or False.
+        pool: Memory pool of graphs that never run at the same time.
+
+    Returns:
+        The graph, and what `run` returned, which a replay writes again.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    # A cast that is kept from outside the graph would not be made again when its parameter changes.
+    with torch.autocast("cuda", enabled=bool(autocast), dtype=autocast or torch.float16, cache_enabled=False):
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, pool=pool):
+            out = run()
+    return graph, out
+
+
 class Captured(NamedTuple):
     """A graph, the tensors that it reads and what it writes."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: torch.cuda.CUDAGraph | None
     features: Tensor
     voxels: Voxels
     out: Any
@@ -80,17 +104,95 @@ class PaddedGraphs:
             coords = torch.zeros(V, 4, dtype=torch.int32, device=features.device)
             num = torch.zeros((), dtype=torch.int64, device=features.device)
         padded = voxels._replace(coords=coords, num=num)
-        captured = Captured(torch.cuda.CUDAGraph(), buffer, padded, None)
+        captured = Captured(None, buffer, padded, None)
         captured.load(features, voxels)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        # A cast that is kept from outside the graph would not be made again when its parameter changes.
-        settings = dict(enabled=bool(autocast), dtype=autocast or torch.float16, cache_enabled=False)
-        with torch.autocast("cuda", **settings):
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self.function(buffer, padded)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(captured.graph):
-                out = self.function(buffer, padded)
-        return captured._replace(out=out)
+        graph, out = record(lambda: self.function(buffer, padded), autocast)
+        return captured._replace(graph=graph, out=out)
+
+
+class CloudBuffer:
+    """Place for the points of a batch; rows without a point are NaN, which voxelisation leaves out.
+
+    Args:
+        shape: Samples, points of a sample at most, columns of a point.
+        device: Of the points.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
+        # Tensors made in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            self.cloud = torch.full(shape, torch.nan, device=device)  # [B, P, F]
+            self._nothing = torch.full(shape[1:], torch.nan, device=device)
+        self._used = [0] * shape[0]
+
+    def load(self, clouds: Sequence[Tensor]) -> None:
+        """Copy clouds [n, F] into the first rows, and NaN over what is left of the batch before."""
+        sizes, pairs = [len(cloud) for cloud in clouds], []
+        for place, cloud, n, used in zip(self.cloud, clouds, sizes, self._used, strict=True):
+            pairs += [(place[:n], cloud), (place[n:used], self._nothing[: max(0, used - n)])]
+        pairs = [(place, rows) for place, rows in pairs if len(rows)]
+        # Copies of single tensors run faster, a joint one has a single launch.
+        if len(pairs) > 2:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        else:
+            for place, rows in pairs:
+                place.copy_(rows)
+        self._used = sizes
+
+
+class CloudGraphs:
+    """Run `function(cloud, rows)` on batches of point clouds, one CUDA graph for each size.
+
+    The function takes points float32 [B, P, F], of which rows of NaN are padding, and the numbers of rows that it pads
+    to itself; it must neither wait for the device nor change its results with padding. On a CPU it is called as it is,
+    on the same padded points. Graphs share their memory, so that what is returned is overwritten by the next call of
+    any size.
+
+    Args:
+        function: Returns tensors in any nesting.
+        max_graphs: Graphs that are kept; the one that was not used for longest goes.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Any], Any], max_graphs: int = 4) -> None:
+        if max_graphs < 1:
+            raise ValueError(f"max_graphs must be positive, got {max_graphs}.")
+        self.function, self.max_graphs = function, max_graphs
+        self.graphs: dict[Hashable, tuple[CloudBuffer, Callable[[], Any]]] = {}
+        self._pool: Any = None
+
+    def clear(self) -> None:
+        """Forget all graphs."""
+        self.graphs.clear()
+
+    def __call__(self, clouds: Sequence[Tensor], points: int, rows: Hashable) -> Any:
+        """The function's result on clouds [n, F], each padded to `points` rows."""
+        key = len(clouds), points, rows
+        if key in self.graphs:
+            buffer, run = self.graphs.pop(key)
+            buffer.load(clouds)
+        else:
+            while len(self.graphs) >= self.max_graphs:
+                del self.graphs[next(iter(self.graphs))]
+            buffer, run = self._make(clouds, points, rows)
+        self.graphs[key] = buffer, run
+        return run()
+
+    def _make(self, clouds: Sequence[Tensor], points: int, rows: Hashable) -> tuple[CloudBuffer, Callable[[], Any]]:
+        buffer = CloudBuffer((len(clouds), points, clouds[0].shape[1]), clouds[0].device)
+        buffer.load(clouds)
+
+        def function() -> Any:
+            return self.function(buffer.cloud, rows)
+
+        if not buffer.cloud.is_cuda:
+            return buffer, function
+        if not self.graphs:
+            # A pool that no graph uses any more cannot be taken up again.
+            self._pool = torch.cuda.graph_pool_handle()
+        graph, out = record(function, pool=self._pool)
+
+        def replay() -> Any:
+            graph.replay()
+            return out
+
+        return buffer, replay

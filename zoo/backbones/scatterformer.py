@@ -51,6 +51,32 @@ def _norm(channels: int, device=None, dtype=None) -> nn.BatchNorm1d:
     return nn.BatchNorm1d(channels, eps=1e-3, momentum=0.01, device=device, dtype=dtype)
 
 
+def _affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """Scale and shift [C] of a norm in evaluation mode."""
+    scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias.detach() - norm.running_mean * scale
+
+
+def _set(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    layer.weight, layer.bias = (nn.Parameter(x, requires_grad=False) for x in (weight, bias))
+
+
+def _fold_after(layer: SparseConv, norm: nn.BatchNorm1d) -> nn.Identity:
+    """Let a convolution do what the norm behind it does."""
+    scale, shift = _affine(norm)
+    bias = shift if layer.bias is None else layer.bias.detach() * scale + shift
+    _set(layer, layer.weight.detach() * scale.view(-1, 1, 1, 1, 1), bias)
+    return nn.Identity()
+
+
+def _fold_before(norm: nn.BatchNorm1d, layer: nn.Linear) -> nn.Identity:
+    """Let a linear layer do what the norm before it does."""
+    (scale, shift), weight = _affine(norm), layer.weight.detach()
+    bias = weight @ shift
+    _set(layer, weight * scale, bias if layer.bias is None else bias + layer.bias.detach())
+    return nn.Identity()
+
+
 class SparseConv(nn.Module):
     """Convolution of a sparse map whose neighbours are given; weights as spconv 2 stores them.
 
@@ -331,6 +357,33 @@ class ScatterFormer(nn.Module):
         sites, order = sort_sites(voxels._replace(shape=self.shape), is_sorted=is_sorted)
         return (features if order is None else features[order]), sites
 
+    def fold_norms(self) -> ScatterFormer:
+        """Fold norms into the convolutions before and the linear layers behind them, in place; for inference only.
+
+        Those of the depth-wise convolutions and of the stages stay: places without a site are zero behind them.
+        """
+        first, *blocks, last = self.cpe
+        for layers in (first, last):
+            layers[1] = _fold_after(layers[0], layers[1])
+        for block in blocks:
+            block.bn1, block.bn2 = _fold_after(block.conv1, block.bn1), _fold_after(block.conv2, block.bn2)
+        for layers in (self.stage1[0], self.stage2[0]):
+            for i, (attention, interaction) in enumerate(zip(layers.attn_layers, layers.cffn_layers, strict=True)):
+                layers.norm_layers[i] = _fold_before(layers.norm_layers[i], attention.qkv)
+                interaction.bn2 = _fold_before(interaction.bn2, interaction.fc1)
+        return self
+
+    def _coarser(self, sites: Sites, strided, capacity: int | None = None) -> tuple[Sites, Neighbours]:
+        return downsample(sites, *strided, self.window, capacity, gradients=torch.is_grad_enabled())
+
+    @torch.no_grad()
+    def count_rows(self, voxels: Voxels) -> tuple[int, int, int]:
+        """Rows of the first stage, of the second and of the pillars for voxels sorted by sample, x, y, z, none of them
+        padding; waits for the device."""
+        sites, _ = self._coarser(sort_sites(voxels._replace(shape=self.shape), is_sorted=True)[0], HALVE_HEIGHT)
+        second, _ = self._coarser(sites, HALVE_ALL)
+        return len(sites.keys), len(second.keys), len(find_pillars(second).rows)
+
     def encode_sites(self, features: Tensor, sites: Sites, capacity: int | None = None) -> tuple[Tensor, Sites]:
         """Convolutions before the first stage: [N, Cin] -> [N', C] and the sites of the first stage."""
         first, *blocks, last = self.cpe
@@ -338,14 +391,14 @@ class ScatterFormer(nn.Module):
         x = first(features, neighbours)
         for block in blocks:
             x = block(x, neighbours)
-        sites, neighbours = downsample(sites, *HALVE_HEIGHT, self.window, capacity)
+        sites, neighbours = self._coarser(sites, HALVE_HEIGHT, capacity)
         return last(x, neighbours), sites
 
     def run_stages(self, x: Tensor, sites: Sites, capacity: int | None = None) -> tuple[Tensor, Sites]:
         """Both stages: [N, C] -> [N', C] and the sites of the second."""
         layers, norm, conv = self.stage1
         x = norm(layers(x, stage_index(sites)))
-        sites, neighbours = downsample(sites, *HALVE_ALL, self.window, capacity)
+        sites, neighbours = self._coarser(sites, HALVE_ALL, capacity)
         x = conv(x, neighbours)
         layers, norm = self.stage2
         return norm(layers(x, stage_index(sites))), sites

@@ -3,16 +3,17 @@
     runtime = detector.accelerate()
     boxes, scores, labels = runtime([points])[0]
 
-Weights are copied once, with batch norms folded into convolutions. On a GPU everything after the encoder of voxels runs
-in half precision and channels-last memory, and the branches of a CenterPoint head become two convolutions. Voxels are
-padded to a capacity, so that all from the voxels to the suppressed boxes is one CUDA graph for each capacity and number
-of samples. The host waits once a batch, for the number of boxes; it learns then too whether the capacity was too small,
-and repeats the batch with a larger one if so.
+Weights are copied once, with norms folded into convolutions and linear layers. On a GPU everything after the encoder of
+voxels runs in half precision and channels-last memory, and the branches of a CenterPoint head become two convolutions.
+Points are padded with NaN and voxels to a capacity, so that all from the points to the suppressed boxes is one CUDA
+graph for each size. The host waits once a batch, for the number of boxes; it learns then too whether the capacity was
+too small, and repeats the batch with a larger one if so.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,17 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from zoo.backbones.padded_graphs import PaddedGraphs
+from zoo.backbones.padded_graphs import CloudGraphs
+from zoo.backbones.point_layers import FoldedVFE
+from zoo.backbones.scatterformer import ScatterFormer
 from zoo.heads.bev_ops import BatchDetections
 from zoo.heads.center_point import CenterHead
 from zoo.heads.detections import Detections
+from zoo.heads.map_convs import conv_relu, fuse_convs
 from zoo.heads.point_base import PointDetector, drop_empty
-from zoo.kernels.voxelize import Voxels
+from zoo.kernels.voxelize import Voxels, group_points
 
 # Capacities are multiples of this, and at first this much above the number of voxels.
 ROWS, MARGIN = 2048, 1.2
-# A capacity that exceeds the voxels so many times is given up.
-WASTE = 3
+# The same for points, whose number a sensor keeps.
+POINTS, POINT_MARGIN = 16384, 1.05
+# Room that so many batches in a row could do with less than a third of is given up.
+WASTE, PATIENCE = 3, 16
 # Tensor cores take channels by eights.
 CHANNELS = 8
 
@@ -87,10 +93,24 @@ class JointBranches(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[B, C, H, W] -> raw maps by name, as `CenterHead.forward`."""
-        x = F.relu_(F.conv2d(self.shared_conv(x), self.hidden_weight, self.hidden_bias, padding=1))
+        x = conv_relu(self.shared_conv(x), self.hidden_weight, self.hidden_bias)
         maps = F.conv2d(x, self.weight, self.bias, padding=1)
         parts = maps[:, : sum(self.sizes.values())].split(list(self.sizes.values()), 1)
         return dict(zip(self.sizes, parts, strict=True))
+
+
+@dataclasses.dataclass
+class Room:
+    """What batches of one number of samples are padded to."""
+
+    points: int  # rows of each cloud
+    rows: tuple[int, ...]  # rows of the batch's voxels, then of the stages that have sites of their own
+    spare: int = 0  # batches in a row that needed far less
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the batch's voxels."""
+        return self.rows[0]
 
 
 class PointRuntime:
@@ -103,7 +123,7 @@ class PointRuntime:
             on a GPU.
         compile: Run the convolutions through `torch.compile`: about a minute for each number of samples, then fewer
             passes over the maps.
-        max_graphs: CUDA graphs that are kept, each with memory for the maps.
+        max_graphs: CUDA graphs that are kept, one for each size that batches were padded to; they share their memory.
     """
 
     def __init__(
@@ -118,19 +138,28 @@ class PointRuntime:
         self.device = next(detector.parameters()).device
         self.on_gpu = self.device.type == "cuda"
         self.dtype = dtype or (torch.float16 if self.on_gpu else torch.float32)
-        self.padded, self.max_graphs = self.on_gpu if padded is None else padded, max_graphs
+        self.padded = self.on_gpu if padded is None else padded
+        self.compiled = compile
         with torch.no_grad():
             self.detector = self._prepare(detector)
         self._maps = torch.compile(self._dense, dynamic=False) if compile else self._dense
-        self._graphs = PaddedGraphs(self._detect, ROWS)
-        self._capacity: dict[int, int] = {}
-        self._margin = MARGIN
+        self._graphs = CloudGraphs(self._detect, max_graphs)
+        self._rooms: dict[int, Room] = {}
+        # The backbone whose later stages have more or fewer sites than there are voxels.
+        self._growing = next((m for m in self.detector.children() if isinstance(m, ScatterFormer)), None)
 
     def _prepare(self, detector: PointDetector) -> PointDetector:
         detector = copy.deepcopy(detector).eval().requires_grad_(False)
+        self._encoder = FoldedVFE(detector.vfe_module)
         fold_norms(detector)
+        for module in detector.children():
+            if isinstance(module, ScatterFormer):
+                module.fold_norms()
         joint = self.padded and isinstance(detector.head, CenterHead)
         self._head = JointBranches(detector.head) if joint else detector.head
+        if not self.compiled:
+            # A compiler joins more by itself.
+            fuse_convs(detector)
         for module in [*detector.children(), self._head]:
             if module is not detector.vfe_module:
                 self._cast(module)
@@ -151,54 +180,88 @@ class PointRuntime:
     def _dense(self, x: Tensor) -> dict[str, Tensor]:
         return self._head(self.detector.neck_map(x))
 
-    def _detect(self, features: Tensor, voxels: Voxels) -> tuple[BatchDetections, Tensor]:
-        """Boxes of encoded voxels, and the numbers that the host waits for: boxes of each sample, voxels, whether the
-        capacity was too small."""
-        x, full = self.detector.encode_padded(features, voxels)
-        found = drop_empty(self.detector.head.decode(self._maps(x)), voxels)
-        return found, torch.cat([found.count.long(), torch.stack([voxels.num.long(), full.long()])])
+    def _encode(self, clouds: list[Tensor], capacity: int | None = None) -> tuple[Tensor, Voxels]:
+        """Features of voxels in the runtime's dtype."""
+        cloud = clouds[0] if len(clouds) == 1 else torch.cat(clouds)
+        features, voxels = self._encoder(cloud, [len(cloud) for cloud in clouds], capacity)
+        return features.to(self.dtype), voxels
 
-    def _run(self, features: Tensor, voxels: Voxels) -> tuple[BatchDetections, Tensor]:
-        if len(self._graphs.graphs) > self.max_graphs:
-            self._graphs.clear()
+    def _detect(self, cloud: Tensor, rows: tuple[int, ...]) -> tuple[BatchDetections, Tensor]:
+        """Boxes of clouds [B, P, F], and the numbers that the host waits for: boxes of each sample, voxels, whether
+        some rows did not suffice."""
+        B, P, _ = cloud.shape
+        features, voxels = self._encoder(cloud.flatten(0, 1), [P] * B, rows[0])
+        self._grow(rows)
         # Maps keep their size, so that trying convolution algorithms once pays.
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=self.dtype != torch.float32):
-            return self._graphs(features, voxels)
+            x, full = self.detector.encode_padded(features.to(self.dtype), voxels)
+            found = drop_empty(self.detector.head.decode(self._maps(x)), voxels)
+        return found, torch.cat([found.count.long(), voxels.num[None], full.long()[None]])
 
     @torch.no_grad()
     def __call__(self, points: Sequence[Tensor]) -> list[Detections]:
         """Detect objects; arguments, results and errors are those of `PointDetector.forward`."""
         clouds = self.detector.check(points)
-        samples = len(clouds)
-        if samples == 0:
+        if not clouds:
             return []
         if not self.padded:
             return self._run_unpadded(clouds)
-        capacity = self._capacity.get(samples) or self._first_capacity(clouds)
-        while True:
-            features, voxels = self.detector.vfe_module(clouds, capacity)
-            found, numbers = self._run(features.to(self.dtype), voxels)
-            *counts, voxel_count, full = numbers.tolist()
-            if full and voxel_count < capacity:
-                # A later stage needs more rows for a voxel than it was given.
-                self._margin *= 2
+        room, full = self._room(clouds), True
+        while full:
+            found, numbers = self._graphs(clouds, room.points, room.rows)
+            # The memory of a graph is written again by the next batch. These copies need not wait.
+            boxes, scores, labels = (x.clone() for x in found[:3])
+            *counts, voxels, full = numbers.tolist()
             if full:
-                capacity = self._capacity[samples] = max(2 * capacity, self._bucket(voxel_count))
-                continue
-            if self._bucket(voxel_count) * WASTE < capacity:
-                self._capacity[samples] = self._bucket(voxel_count)
-            break
-        # The memory of a graph is written again by the next batch.
-        return [
-            Detections(*(x[:n].clone() for x in parts))
-            for *parts, n in zip(found.boxes, found.scores, found.labels, counts, strict=True)
-        ]
+                room.rows = tuple(map(max, room.rows, self._rows(clouds)))
+        self._save(room, clouds, voxels)
+        return [Detections(*(x[:n] for x in parts)) for *parts, n in zip(boxes, scores, labels, counts, strict=True)]
+
+    def _room(self, clouds: list[Tensor]) -> Room:
+        """What the batch is padded to."""
+        most = max(map(len, clouds))
+        room = self._rooms.get(len(clouds))
+        if room is None:
+            room = self._rooms[len(clouds)] = Room(self._bucket(most), self._rows(clouds))
+        if most > room.points:
+            room.points = self._bucket(most)
+        return room
+
+    def _save(self, room: Room, clouds: list[Tensor], voxels: int) -> None:
+        """Less room after many small batches."""
+        points = self._bucket(max(map(len, clouds)))
+        far_less = points * WASTE < room.points or self._capacity(voxels) * WASTE < room.capacity
+        room.spare = room.spare + 1 if far_less else 0
+        if room.spare >= PATIENCE:
+            room.points, room.rows, room.spare = points, self._rows(clouds), 0
+
+    def _rows(self, clouds: list[Tensor]) -> tuple[int, ...]:
+        """Rows for about what the batch has; waits for the device."""
+        voxels = group_points(torch.cat(clouds), [len(cloud) for cloud in clouds], self._encoder.grid).voxels
+        later = self._growing.count_rows(voxels) if self._growing else ()
+        return tuple(map(self._capacity, (len(voxels.coords), *later)))
+
+    def _grow(self, rows: tuple[int, ...]) -> None:
+        """Give later stages their rows."""
+        if self._growing:
+            # The backbone rounds up.
+            self._growing.growth = tuple((n - 0.5) / rows[0] for n in rows[1:])
+
+    @staticmethod
+    def _capacity(n: int) -> int:
+        """Rows for about n voxels, always more."""
+        return (int(n * MARGIN) // ROWS + 1) * ROWS
+
+    @staticmethod
+    def _bucket(points: int) -> int:
+        """Room for about so many points."""
+        return (int(points * POINT_MARGIN) // POINTS + 1) * POINTS
 
     def _run_unpadded(self, clouds: list[Tensor]) -> list[Detections]:
-        features, voxels = self.detector.vfe_module(clouds)
+        features, voxels = self._encode(clouds)
         if len(features) == 0:
             return self.detector.nothing(len(clouds), features.device)
-        x = self.detector.encode(features.to(self.dtype), voxels)
+        x = self.detector.encode(features, voxels)
         return drop_empty(self.detector.head.decode(self._maps(x)), voxels).split()
 
     @torch.no_grad()
@@ -206,26 +269,20 @@ class PointRuntime:
         """The stages of a call, each ready to run on what the one before makes of these points: `encoder`, `backbone`,
         `maps` and `boxes`, which suppresses too. For measurements."""
         detector, clouds = self.detector, self.detector.check(points)
-        capacity = self._first_capacity(clouds) if self.padded else None
-        features, voxels = detector.vfe_module(clouds, capacity)
-        features = features.to(self.dtype)
+        rows = self._room(clouds).rows if self.padded else (None,)
+        capacity = rows[0]
+        features, voxels = self._encode(clouds, capacity)
 
         def backbone() -> Tensor:
+            if self.padded:
+                self._grow(rows)
             return detector.encode_padded(features, voxels)[0] if self.padded else detector.encode(features, voxels)
 
         x = backbone()
         maps = self._maps(x)
         return {
-            "encoder": lambda: detector.vfe_module(clouds, capacity),
+            "encoder": lambda: self._encode(clouds, capacity),
             "backbone": backbone,
             "maps": lambda: self._maps(x),
             "boxes": lambda: detector.head.decode(maps),
         }
-
-    def _first_capacity(self, clouds: list[Tensor]) -> int:
-        _, voxels = self.detector.vfe_module(clouds)
-        return self._capacity.setdefault(len(clouds), self._bucket(len(voxels.coords)))
-
-    def _bucket(self, voxels: int) -> int:
-        """Capacity for about so many voxels."""
-        return (int(voxels * self._margin) // ROWS + 1) * ROWS

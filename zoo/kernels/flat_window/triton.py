@@ -48,15 +48,24 @@ def _keys(
 
 
 @triton.jit
-def _logits(q, k, inside, factor):
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
-    return tl.where(inside[None, :], s, float("-inf"))
+def _queries_at(
+    q_ptr, order_ptr, start, end, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """The pillars at BLOCK_M places from `start`, and their queries."""
+    m = start + tl.arange(0, BLOCK_M)
+    pillar = tl.load(order_ptr + m, mask=m < end, other=0)
+    return pillar, _load(q_ptr, pillar, m < end, stride, D, BLOCK_D)
+
+
+@triton.jit
+def _products(q, k, inside):
+    return tl.where(inside[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
 
 
 @triton.jit
 def _logit_gradient(q, do, k, v, inside, lse, delta, factor):
     """dq / scale of the keys in a tile."""
-    p = tl.exp2(_logits(q, k, inside, factor) - lse[:, None])
+    p = tl.exp2(_products(q, k, inside) * factor - lse[:, None])
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     return tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, input_precision="ieee")
 
@@ -65,7 +74,7 @@ def _logit_gradient(q, do, k, v, inside, lse, delta, factor):
 def _flat_window_forward_kernel(
     q_ptr, k_ptr, v_ptr, order_ptr, groups_ptr, out_ptr, lse_ptr, q_stride, k_stride, v_stride, scale,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q k^T) v within a group, and log2-sum-exp.
 
@@ -92,26 +101,38 @@ def _flat_window_forward_kernel(
             k_tail, v_tail, inside_tail = _keys(
                 k_ptr, v_ptr, order_ptr, first + BLOCK_N, keys_end, k_stride, v_stride, D, BLOCK_D, TAIL
             )
+        start = begin + part * TILES * BLOCK_M
+        if PREFETCH:
+            pillar, q = _queries_at(q_ptr, order_ptr, start, end, q_stride, D, BLOCK_D, BLOCK_M)
         for tile in tl.range(0, tiles):
-            m = begin + (part * TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
-            pillar = tl.load(order_ptr + m, mask=m < end, other=0)
-            q = _load(q_ptr, pillar, m < end, q_stride, D, BLOCK_D)
-            s = _logits(q, k, inside, factor)
+            at = start + tile * BLOCK_M
+            m = at + tl.arange(0, BLOCK_M)
+            if PREFETCH:
+                # Two reads, one of which needs the other, are under way while this tile is computed.
+                next_pillar, next_q = _queries_at(
+                    q_ptr, order_ptr, at + BLOCK_M, end, q_stride, D, BLOCK_D, BLOCK_M
+                )  # fmt: skip
+            else:
+                pillar, q = _queries_at(q_ptr, order_ptr, at, end, q_stride, D, BLOCK_D, BLOCK_M)
+            s = _products(q, k, inside)
             largest = tl.max(s, 1)
             if TAIL > 0:
-                s_tail = _logits(q, k_tail, inside_tail, factor)
+                s_tail = _products(q, k_tail, inside_tail)
                 largest = tl.maximum(largest, tl.max(s_tail, 1))
-            largest = tl.where(first < 0, 0.0, largest)
-            p = tl.exp2(s - largest[:, None])
+            # The factor is positive; applied here, it and the difference are one instruction.
+            largest = tl.where(first < 0, 0.0, largest * factor)
+            p = tl.exp2(s * factor - largest[:, None])
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
             if TAIL > 0:
-                p = tl.exp2(s_tail - largest[:, None])
+                p = tl.exp2(s_tail * factor - largest[:, None])
                 total += tl.sum(p, 1)
                 out = tl.dot(p.to(v.dtype), v_tail, out, input_precision="ieee")
             total = tl.where(first < 0, 1.0, total)
             _store(out_ptr, out / total[:, None], pillar, m < end, HEADS * D, D, BLOCK_D)
             tl.store(lse_ptr + pillar * HEADS, largest + tl.log2(total), mask=m < end)
+            if PREFETCH:
+                pillar, q = next_pillar, next_q
 
 
 @triton.jit
@@ -207,13 +228,6 @@ def _flat_window_dkv_kernel(
         _store(dv_ptr + head * D, dv, key, inside, HEADS * D, D, BLOCK_D)
 
 
-class Plan(NamedTuple):
-    """Grids and configurations by kernel."""
-
-    walk: tuple[tuple[int], dict]  # over queries: forward and dq
-    dkv: tuple[tuple[int], dict]
-
-
 def key_tiles(group_size: int) -> tuple[int, int]:
     """BLOCK_N and TAIL, powers of two that hold a group with little waste."""
     whole = max(16, triton.next_power_of_2(group_size))
@@ -223,16 +237,34 @@ def key_tiles(group_size: int) -> tuple[int, int]:
     return (whole, 0) if tail == whole // 2 <= 64 else (whole // 2, tail)
 
 
-def _queries(group_size: int, keys: int, block_d: int, dtype: torch.dtype) -> dict:
-    """Tiles of queries, and the warps that the logits of a tile fit."""
+# Tiles of queries by kernel and kind of problem: BLOCK_M queries, TILES tiles of a program, and the warps that the
+# logits of a tile fit. PREFETCH is the forward kernel's.
+TUNING = {
+    "forward": {
+        "narrow": dict(BLOCK_M=16, TILES=3, PREFETCH=False, num_warps=1, num_stages=1),
+        "wide": dict(BLOCK_M=32, TILES=2, PREFETCH=False, num_warps=8, num_stages=1),
+        "float32": dict(BLOCK_M=16, TILES=3, PREFETCH=False, num_warps=8, num_stages=1),
+    },
+    "dq": {
+        "narrow": dict(BLOCK_M=16, TILES=3, num_warps=1, num_stages=1),
+        "wide": dict(BLOCK_M=32, TILES=2, num_warps=8, num_stages=1),
+        "float32": dict(BLOCK_M=16, TILES=3, num_warps=8, num_stages=1),
+    },
+}
+
+
+class Plan(NamedTuple):
+    """Grids and configurations by kernel."""
+
+    forward: tuple[tuple[int], dict]
+    dq: tuple[tuple[int], dict]
+    dkv: tuple[tuple[int], dict]
+
+
+def _kind(keys: int, block_d: int, dtype: torch.dtype) -> str:
     if dtype == torch.float32:
-        block, warps, tiles = 16, 8, 3
-    elif block_d <= 32 and keys <= 144:
-        block, warps, tiles = 16, 1, 3
-    else:
-        block, warps, tiles = 32, 8, 2
-    parts = triton.cdiv(triton.cdiv(group_size, block), tiles)
-    return dict(BLOCK_M=block, PARTS=parts, TILES=tiles, num_warps=warps, num_stages=1)
+        return "float32"
+    return "narrow" if block_d <= 32 and keys <= 144 else "wide"
 
 
 @functools.lru_cache(maxsize=64)
@@ -240,12 +272,15 @@ def plan(groups: int, heads: int, head_dim: int, group_size: int, dtype: torch.d
     """Choose tiles, configurations and grids."""
     block_n, tail = key_tiles(group_size)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    shared = dict(HEADS=heads, D=head_dim, BLOCK_D=block_d)
-    walk = {**shared, **_queries(group_size, block_n + tail, block_d, dtype), "BLOCK_N": block_n, "TAIL": tail}
+    shared, kind = dict(HEADS=heads, D=head_dim, BLOCK_D=block_d), _kind(block_n + tail, block_d, dtype)
+    chosen = []
+    for table in (TUNING["forward"], TUNING["dq"]):
+        tiles = table[kind]
+        parts = triton.cdiv(group_size, tiles["BLOCK_M"] * tiles["TILES"])
+        chosen.append({**shared, **tiles, "PARTS": parts, "BLOCK_N": block_n, "TAIL": tail})
     own = min(32 if dtype != torch.float32 and block_d <= 32 else 16, block_n)
-    dkv = dict(shared, BLOCK_M=own, BLOCK_N=own, PARTS=triton.cdiv(group_size, own), num_warps=2, num_stages=1)
-    grids = [(groups * config["PARTS"] * heads,) for config in (walk, dkv)]
-    return Plan((grids[0], walk), (grids[1], dkv))
+    chosen.append(dict(shared, BLOCK_M=own, BLOCK_N=own, PARTS=triton.cdiv(group_size, own), num_warps=2, num_stages=1))
+    return Plan(*(((groups * config["PARTS"] * heads,), config) for config in chosen))
 
 
 def _packed(*tensors: Tensor) -> list[Tensor]:
@@ -263,7 +298,7 @@ def forward(
         return out, lse
     q, k, v = _packed(q, k, v)
     strides = q.stride(0), k.stride(0), v.stride(0)
-    grid, config = plan(len(groups) - 1, *q.shape[1:], group_size, q.dtype).walk
+    grid, config = plan(len(groups) - 1, *q.shape[1:], group_size, q.dtype).forward
     _flat_window_forward_kernel[grid](q, k, v, order, groups, out, lse, *strides, scale, **config)
     return out, lse
 
@@ -279,7 +314,7 @@ def backward(
     (q, k, v), grad, delta = _packed(q, k, v), grad.contiguous(), torch.empty_like(lse)
     strides = q.stride(0), k.stride(0), v.stride(0)
     chosen = plan(len(groups) - 1, *q.shape[1:], group_size, q.dtype)
-    grid, config = chosen.walk
+    grid, config = chosen.dq
     _flat_window_dq_kernel[grid](q, k, v, out, grad, lse, order, groups, dq, delta, *strides, scale, **config)
     grid, config = chosen.dkv
     _flat_window_dkv_kernel[grid](q, k, v, grad, lse, delta, order, groups, dk, dv, *strides, scale, **config)

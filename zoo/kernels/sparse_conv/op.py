@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.kernels._dispatch import MAX_OFFSET, cast_for_autocast, refuse, use_triton
 from zoo.kernels.sparse_conv import reference
 from zoo.kernels.sparse_conv.reference import SiteGrid
-from zoo.kernels.sparse_conv.sites import Neighbours
+from zoo.kernels.sparse_conv.sites import TILE, Neighbours, build_tiles
 
 MAX_KERNELS = 3
 MAX_GROUP = 256
@@ -41,6 +41,23 @@ def _(keys, coords, kernel, stride, padding, transposed, batch_size, shape, wind
 def _(keys, coords, kernel, stride, padding, transposed, batch_size, shape, window):
     taps = kernel[0] * kernel[1] * kernel[2]
     return coords.new_empty((taps, coords.shape[0]), dtype=torch.int32)
+
+
+@torch.library.custom_op("zoo::sparse_tiles", mutates_args=(), device_types="cuda")
+def _tiles(table: Tensor, kernel: list[int]) -> Tensor:
+    from zoo.kernels.sparse_conv import triton_tiles
+
+    return triton_tiles.build_tiles(table, kernel, TILE) if len(table) < 63 else build_tiles(table, kernel)
+
+
+@_tiles.register_kernel("cpu")
+def _(table, kernel):
+    return build_tiles(table, kernel)
+
+
+@_tiles.register_fake
+def _(table, kernel):
+    return table.new_empty(-(-table.shape[1] // TILE), 1 + table.shape[0] + TILE)
 
 
 @torch.library.custom_op("zoo::sparse_conv", mutates_args=(), device_types="cuda")
@@ -230,6 +247,9 @@ def sparse_conv(
     x, weight, bias = cast_for_autocast(x, weight, bias)
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         raise ValueError(f"x, weight and bias need one dtype, got {x.dtype} and {weight.dtype}.")
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if wanted and len(neighbours.transposed) != len(neighbours.table):
+        raise ValueError("gradients need neighbours that were made for them: downsample(..., gradients=True).")
     weight = weight.flatten(1, 3)  # [Cout, K, Cin]
     if use_triton(backend, lambda explain: can_run(x, neighbours, explain)):
         _, table, tiles, transposed, transposed_tiles, mirror = neighbours

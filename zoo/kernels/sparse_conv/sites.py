@@ -45,7 +45,7 @@ class Neighbours(NamedTuple):
     table: Tensor  # int32 [K, N_out] input row or -1
     tiles: Tensor  # int32 [T, 1 + K + TILE], see `make_tiles`; empty on a CPU
     # Output row or -1 for each input row. A sub-manifold kernel is its own transpose with the taps reversed, so these
-    # are the tensors above.
+    # are the tensors above. Without taps where no gradients are wanted.
     transposed: Tensor
     transposed_tiles: Tensor
     mirror: bool
@@ -132,6 +132,8 @@ def downsample(
     padding: tuple[int, int, int],
     window: tuple[int, int] | None = None,
     capacity: int | None = None,
+    *,
+    gradients: bool = True,
 ) -> tuple[Sites, Neighbours]:
     """Output sites of a strided convolution, those that meet at least one input site, and its neighbours.
 
@@ -141,11 +143,12 @@ def downsample(
         window: Windows of the output's order.
         capacity: Rows of the output. Without it there are as many as sites, which waits for the device once; with it,
             the last sites are lost where it does not suffice.
+        gradients: Find the output rows of each input row too, which gradients need and cost about as much again.
     """
     old = sites.grid
     shape = tuple((n + 2 * p - k) // s + 1 for n, p, k, s in zip(old.shape, padding, kernel, stride, strict=True))
     grid = SiteGrid(old.batch_size, shape, window or shape[1:])
-    keys = _output_keys(sites, kernel, stride, padding, grid).sort().values
+    keys = _sorted(_output_keys(sites, kernel, stride, padding, grid), grid.end)
     first = torch.cat((keys.new_ones(min(1, len(keys)), dtype=torch.bool), keys[1:] != keys[:-1]))
     num = (first & (keys < grid.end)).sum()
     N = int(num) if capacity is None else capacity
@@ -155,9 +158,17 @@ def downsample(
     padded = capacity is not None
     out = Sites(keys, grid.decode(keys), num.clamp(max=N) if padded else None, grid)
     table = _lookup(sites, out.coords, kernel, stride, padding, False)
+    tiles = make_tiles(table, kernel)
+    if not gradients:
+        nothing = table.new_empty(0, len(sites.keys))
+        return out, Neighbours(tuple(kernel), table, tiles, nothing, tiles.new_empty(0), False)
     transposed = _lookup(out, sites.coords, kernel, stride, padding, True)
-    tiles = make_tiles(table, kernel), make_tiles(transposed, kernel)
-    return out, Neighbours(tuple(kernel), table, tiles[0], transposed, tiles[1], False)
+    return out, Neighbours(tuple(kernel), table, tiles, transposed, make_tiles(transposed, kernel), False)
+
+
+def _sorted(keys: Tensor, largest: int) -> Tensor:
+    """Ascending keys; a radix sort of 32 bits takes half the passes of one of 64."""
+    return keys.int().sort().values.long() if largest < 2**31 else keys.sort().values
 
 
 def _output_keys(sites: Sites, kernel, stride, padding, grid: SiteGrid) -> Tensor:
@@ -185,22 +196,23 @@ def make_tiles(table: Tensor, kernel: Sequence[int]) -> Tensor:
         int32 [T, 1 + K + TILE]: how many taps a tile meets, these taps first among all K, and its rows, -1 behind the
         last one. Empty on a CPU, where the reference runs.
     """
-    K, N = table.shape
-    if not table.is_cuda:
-        return table.new_empty(0)
-    return build_tiles(table, kernel)
+    import zoo.kernels.sparse_conv.op  # noqa: F401 (registers the op)
+
+    return torch.ops.zoo.sparse_tiles(table, list(kernel)) if table.is_cuda else table.new_empty(0)
 
 
 def build_tiles(table: Tensor, kernel: Sequence[int]) -> Tensor:
-    """`make_tiles` on any device."""
+    """`make_tiles` in plain PyTorch."""
     K, N = table.shape
     T = -(-N // TILE)
     hit = table >= 0
     taps = list(itertools.product(*(range(k) for k in kernel)))
     near = sorted(range(K), key=lambda t: sum(abs(2 * i - k + 1) for i, k in zip(taps[t], kernel, strict=True)))
     if K < 63:
-        bits = torch.stack([hit[t] for t in near]).long() << torch.arange(K, device=table.device)[:, None]
-        rows = bits.sum(0).sort(stable=True).indices
+        dtype = torch.int32 if K < 31 else torch.int64
+        shift = torch.arange(K, device=table.device, dtype=dtype)[:, None]
+        bits = torch.stack([hit[t] for t in near]).to(dtype) << shift
+        rows = bits.sum(0, dtype=dtype).sort(stable=True).indices
     else:
         rows = torch.arange(N, device=table.device)
     fill = T * TILE - N

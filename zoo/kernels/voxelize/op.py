@@ -74,7 +74,8 @@ def group_points(
 ) -> Grouping:
     """Voxels of a batch of point clouds and the points in their order, for reductions without atomics.
 
-    Points with a NaN or infinite column have no voxel. Equal cells keep the order of their points.
+    Points with a NaN or infinite column have no voxel: rows of NaN pad a sample and change no bit of its voxels. Equal
+    cells keep the order of their points.
 
     Args:
         points: float32 [N, F], samples one after another; x, y, z in metres first.

@@ -6,6 +6,7 @@ cell; every point knows its voxel's row. Nothing here is limited in points a vox
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,10 +68,14 @@ def sample_of_points(sizes: list[int], device: torch.device) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=device)
 
 
+def _vector(values: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers in float32 without a copy from the host."""
+    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
+
+
 def point_keys(points: Tensor, sizes: list[int], grid: Grid) -> Tensor:
     """Number of each point's cell within the batch, int64 [N]; beyond all cells for points without one."""
-    minimum, size = (torch.tensor(x, dtype=torch.float32, device=points.device) for x in grid[1::-1])
-    limit = torch.tensor(grid.cells, dtype=torch.float32, device=points.device)
+    minimum, size, limit = (_vector(x, points.device) for x in (grid.minimum, grid.voxel_size, grid.cells))
     cell = ((points[:, :3].float() - minimum) / size).floor()  # [N, 3]
     inside = points.isfinite().all(1)
     if grid.clamp:

@@ -6,6 +6,8 @@ give the same result in every run.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -32,9 +34,15 @@ def _key_kernel(
     points_ptr, key_ptr, n, first_key, beyond, sx, sy, sz, lx, ly, lz, nx, ny, nz,
     F: tl.constexpr, CLAMP: tl.constexpr, X_FASTEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Cell numbers of BLOCK points of one sample, whose own begin at first_key; `beyond` for points without a cell."""
+    """Cell numbers of BLOCK points of one of several samples of n points; `beyond` for points without a cell.
+
+    The cells of the first sample begin at first_key, those of the next behind them.
+    """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
+    sample = tl.program_id(1).to(tl.int64)
+    points_ptr += sample * n * F
+    key_ptr += sample * n
     finite = inside
     for f in tl.static_range(F):
         value = tl.load(points_ptr + i * F + f, mask=inside, other=0.0)
@@ -50,7 +58,8 @@ def _key_kernel(
         key = (z.to(dtype) * ny + y) * nx + x
     else:
         key = (x.to(dtype) * ny + y) * nz + z
-    key = tl.where(finite & has_x & has_y & has_z, key + first_key.to(dtype), beyond.to(dtype))
+    key += first_key.to(dtype) + sample.to(dtype) * nx * ny * nz
+    key = tl.where(finite & has_x & has_y & has_z, key, beyond.to(dtype))
     tl.store(key_ptr + i, key, mask=inside)
 
 
@@ -199,19 +208,23 @@ def _segment_max_grad_kernel(
 
 
 def group_points(points: Tensor, sizes: list[int], grid: Grid, capacity: int | None) -> Grouping:
-    """Three launches, of which the first is done for each sample, around a sort and a running sum; N > 0."""
+    """Three launches, of which the first is done for each run of samples of one size, around a sort and a running sum.
+
+    N > 0.
+    """
     N, B, device = len(points), len(sizes), points.device
     beyond = B * grid.count
     points = points.contiguous()
     key = torch.empty(N, dtype=torch.int32 if beyond < 2**31 else torch.int64, device=device)
-    begin, fastest = 0, grid.order == "zyx"
-    for b, n in enumerate(sizes):
+    begin, first, fastest = 0, 0, grid.order == "zyx"
+    for n, run in itertools.groupby(sizes):
+        samples = len(list(run))
         if n:
-            _key_kernel[(triton.cdiv(n, BLOCK),)](
-                points[begin:], key[begin:], n, b * grid.count, beyond, *grid.voxel_size, *grid.minimum, *grid.cells,
+            _key_kernel[(triton.cdiv(n, BLOCK), samples)](
+                points[begin:], key[begin:], n, first * grid.count, beyond, *grid.voxel_size, *grid.minimum, *grid.cells,
                 F=points.shape[1], CLAMP=grid.clamp, X_FASTEST=fastest, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
-        begin += n
+        begin, first = begin + n * samples, first + samples
     key, order = key.sort(stable=True)
     first = torch.empty(N, dtype=torch.int64, device=device)
     kept = torch.empty(1, dtype=torch.int64, device=device)
