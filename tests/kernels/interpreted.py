@@ -50,7 +50,6 @@ from zoo.kernels.tile_sparse import (
     Skip,
     VerticalStripe,
     pattern_table,
-    triton_descriptors,
 )
 from zoo.kernels.tile_sparse import fp8 as sparse_fp8
 from zoo.kernels.tile_sparse import reference as sparse_reference
@@ -378,14 +377,6 @@ def test_tile_sparse_attention(name: str) -> None:
     torch.testing.assert_close(out, expected, **tolerance)
     torch.testing.assert_close(actual, grads, **tolerance)
     assert out.stride() == expected.stride() and not torch.isnan(lse).any()
-
-
-@pytest.mark.parametrize("name", ["even", "odd", "samples"])
-def test_tile_sparse_attention_by_descriptors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_descriptors, "can_describe", lambda *tensors: True)
-    layout, D, *_ = SPARSE[name]
-    monkeypatch.setitem(triton_descriptors.CONFIGS, (D, layout.tile), {})
-    test_tile_sparse_attention(name)
 
 
 @pytest.mark.parametrize(("n", "side"), [(70, 8.0), (33, 3.0), (5, 1.0)])

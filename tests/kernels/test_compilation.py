@@ -33,7 +33,7 @@ from zoo.kernels.scatter_linear import triton as scatter_linear
 from zoo.kernels.sparse_conv import triton as sparse_conv
 from zoo.kernels.sparse_conv import triton_depthwise, triton_neighbours, triton_tiles
 from zoo.kernels.sparse_conv.reference import SiteGrid
-from zoo.kernels.tile_sparse import Diagonal, Layout, pattern_table, triton_descriptors
+from zoo.kernels.tile_sparse import Diagonal, Layout, hopper, pattern_table
 from zoo.kernels.tile_sparse import triton as tile_sparse
 from zoo.kernels.token_select import triton as token_select
 from zoo.kernels.voxelize import make_grid
@@ -144,7 +144,6 @@ SPILLS = {
     "_tile_sparse_dq_kernel": 16,
     "_tile_sparse_dkv_kernel": 64,
     # Faster on an H100 than the configurations without.
-    "_tile_sparse_descriptor_kernel": 88,
     # Outside of the walk over keys, once a tile of queries.
     "_tile_sparse_specialised_kernel": 240,
 }
@@ -442,24 +441,10 @@ def test_tile_sparse_compiles_in_fp8(name: str, arch: int, launches: list, tmp_p
 
 @pytest.mark.parametrize("name", ["hunyuan", "cogvideox"])
 @pytest.mark.parametrize("keys", [64, 128])
-def test_tile_sparse_compiles_with_descriptors(
+def test_tile_sparse_compiles_for_hopper(
     name: str, keys: int, launches: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_descriptors, "can_describe", lambda *args: True)
-    layout, *rest = SPARSE[name]
-    monkeypatch.setitem(SPARSE, name, (replace(layout, tile=(128, keys)), *rest))
-    launch_tile_sparse(name)
-    assert [launch[0].__name__ for launch in launches[:2]] == ["_token_major_kernel", "_tile_sparse_descriptor_kernel"]
-    check(launches, 90, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["hunyuan", "cogvideox"])
-@pytest.mark.parametrize("keys", [64, 128])
-def test_tile_sparse_compiles_specialised(
-    name: str, keys: int, launches: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(triton_descriptors, "can_describe", lambda *args: True)
-    monkeypatch.setattr(triton_descriptors, "SPECIALISED", True)
+    monkeypatch.setattr(hopper, "can_run", lambda *args: True)
     layout, *rest = SPARSE[name]
     monkeypatch.setitem(SPARSE, name, (replace(layout, tile=(128, keys)), *rest))
     launch_tile_sparse(name)

@@ -444,19 +444,18 @@ def test_backward_is_deterministic(name: str) -> None:
 @gpu
 @pytest.mark.parametrize("tile", [(128, 64), (128, 128)], ids=str)
 @pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("form", ["generic", "pipelined", "specialised"])
+@pytest.mark.parametrize("form", ["generic", "hopper"])
 def test_kernel_on_a_long_sequence(D: int, tile: tuple, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands of tiles a head, odd at every end, loaded by descriptors or not."""
-    from zoo.kernels.tile_sparse import triton_descriptors
+    """Thousands of tiles a head, odd at every end."""
+    from zoo.kernels.tile_sparse import hopper
 
-    monkeypatch.setattr(triton_descriptors, "SPECIALISED", form == "specialised")
     if form == "generic":
-        monkeypatch.setattr(triton_descriptors, "can_describe", lambda *args: False)
+        monkeypatch.setattr(hopper, "can_run", lambda *args: False)
     layout = Layout((11, 31, 33), 226, "last", tile)
     patterns = (Diagonal(1), MultiDiagonal(0.5), VerticalStripe(frames=(0,)), Full())
     q, k, v = (torch.randn(1, 4, layout.tokens, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    if form != "generic" and not triton_descriptors.can_describe(layout, q, k, v):
-        pytest.skip("no tensor descriptors here")
+    if form == "hopper" and not hopper.can_run(layout, q, k, v):
+        pytest.skip("no Hopper GPU here")
     args = (torch.arange(4, device="cuda"), patterns, layout)
     assert_as_exact_as_torch(
         lambda *x: tile_sparse_attention(*x, *args, backend="triton"),
@@ -497,7 +496,7 @@ def test_kernel_makes_no_mask() -> None:
 def emulated(monkeypatch: pytest.MonkeyPatch):
     """The kernel for Hopper with its groups of warps as threads; copied keys of other heads are NaN."""
     from zoo.kernels.tile_sparse import gluon_hopper
-    from zoo.kernels.tile_sparse.triton_descriptors import PADDING
+    from zoo.kernels.tile_sparse.hopper import PADDING
 
     kernel = gluon_hopper._tile_sparse_specialised_kernel
 
@@ -513,9 +512,9 @@ def emulated(monkeypatch: pytest.MonkeyPatch):
         rows = gluon_hopper.rows_of(x)
         return gluon_emulation.Descriptor(x.as_strided(rows.shape, (rows.stride, 1)), [keys, x.shape[-1]])
 
-    def pack(q, k, v, ids, rows, sizes, queries):
-        B, M, S, D = q.shape
-        packed = torch.full((2, B, M, S + PADDING, D), float("nan"), dtype=q.dtype)
+    def pack(k, v, ids, rows, sizes):
+        B, M, S, D = k.shape
+        packed = torch.full((2, B, M, S + PADDING, D), float("nan"), dtype=k.dtype)
         _, frames, frame, text, video_start, *_ = sizes
         position = torch.arange(frames * frame)
         place = torch.arange(S)
@@ -533,12 +532,12 @@ def emulated(monkeypatch: pytest.MonkeyPatch):
     return gluon_hopper
 
 
-# (layout, valid text keys, programs at a time): no step at all up to six, of text, of video and of both.
+# (layout, valid text keys): no step at all up to six, of text, of video and of both.
 HOPPER = {
-    "text_last": (Layout((5, 7, 11), 200, "last", (128, 64)), [200, 70], 0),
-    "text_first": (Layout((3, 9, 10), 30, "first", (128, 128)), [30, 0], 0),
-    "no_text": (Layout((4, 8, 8), tile=(128, 64)), None, 2),
-    "short": (Layout((1, 3, 5), 9, "last", (128, 64)), None, 3),
+    "text_last": (Layout((5, 7, 11), 200, "last", (128, 64)), [200, 70]),
+    "text_first": (Layout((3, 9, 10), 30, "first", (128, 128)), [30, 0]),
+    "no_text": (Layout((4, 8, 8), tile=(128, 64)), None),
+    "short": (Layout((1, 3, 5), 9, "last", (128, 64)), None),
 }
 
 
@@ -546,8 +545,7 @@ HOPPER = {
 def test_specialised_kernel_in_emulation(name: str, emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     from zoo.kernels.tile_sparse import triton
 
-    layout, valid, programs = HOPPER[name]
-    monkeypatch.setattr(emulated, "GRID", programs)
+    layout, valid = HOPPER[name]
     monkeypatch.setitem(emulated.STAGES, (16, layout.tile[1]), 2)
     patterns = (*PATTERNS, VerticalStripe())
     B, M = 1 if valid is None else len(valid), len(patterns)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels.tile_sparse import triton_descriptors
+from zoo.kernels.tile_sparse import hopper
 from zoo.kernels.tile_sparse.patterns import MULTI_DIAGONAL, SKIP, STRIPE, Layout, PatternTable
 from zoo.kernels.tile_sparse.reference import empty_output
 from zoo.kernels.tile_sparse.triton_fp8 import round_keys, to_fp8
@@ -433,8 +433,9 @@ def forward(
         return out, lse
     q, k, v = _unit_channels(q, k, v)
     ids, order, length = _tables(q, pattern_ids, table, layout, text_length)
-    if not fp8 and triton_descriptors.can_describe(layout, q, k, v):
-        triton_descriptors.forward(q, k, v, out, lse, ids, order, table.rows, table.tiles, length, layout, scale)
+    if not fp8 and hopper.can_run(layout, q, k, v):
+        kernels = hopper.kernel_module()
+        kernels.forward(q, k, v, out, lse, ids, order, table.rows, table.tiles, length, layout, scale)
         return out, lse
     p, (B, M) = plan(layout, q.shape[-1], q.dtype, scale, fp8), q.shape[:2]
     k, k_scale = round_keys(k, ids, table, length, layout) if fp8 else (k, lse)
