@@ -310,7 +310,8 @@ def main(argv: list[str] | None = None) -> None:
     metrics.update(evaluate(task, stored, test, args.test_scenes))
     details = _DETAILS.format(
         photos=Path(args.backgrounds).name if args.backgrounds else "zoo/samples (CC0)",
-        train_photos=len(source.photos), held_out=len(test.photos), val=args.val_scenes, test=args.test_scenes, task=args.task, seed=args.seed, steps=batches.count - 1,
+        train_photos=len(source.photos), held_out=len(test.photos), val=args.val_scenes,
+         test=args.test_scenes, task=args.task, seed=args.seed, steps=batches.count - 1,
         batch=args.batch_size, size=args.image_size, minutes=minutes,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "a CPU",
         backbone="random weights" if args.scratch else "weights of this package trained on the same images",
