@@ -259,7 +259,7 @@ _BIFORMER = "BiFormer: Vision Transformer with Bi-Level Routing Attention (arXiv
 def biformer_nano_fpn() -> dict[str, Any]:
     """Semantic FPN of 56 channels on BiFormer-nano; ten kinds of clothes and the background."""
     return dict(
-        backbone="biformer_nano", classes=("background", *_CLASSES), image_size=160,
+        backbone="biformer_nano.zoo_fashion_mnist", classes=("background", *_CLASSES), image_size=160,
         head_kwargs=dict(pyramid_channels=56, channels=56),
     )  # fmt: skip
 
@@ -269,6 +269,6 @@ def biformer_nano_fpn() -> dict[str, Any]:
 def biformer_nano_retinanet() -> dict[str, Any]:
     """RetinaNet of 56 channels and three levels on BiFormer-nano; ten kinds of clothes."""
     return dict(
-        backbone="biformer_nano", classes=_CLASSES, image_size=160,
+        backbone="biformer_nano.zoo_fashion_mnist", classes=_CLASSES, image_size=160,
         head_kwargs=dict(channels=56, extra_levels=False, norm_groups=8),
     )  # fmt: skip
