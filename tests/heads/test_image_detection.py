@@ -27,7 +27,11 @@ def target(boxes: list[list[float]], labels: list[int], size: tuple[int, int]) -
     return dict(boxes=corners, labels=torch.tensor(labels, dtype=torch.int64), masks=masks)
 
 
-IMAGES = [torch.rand(3, 64, 80, generator=torch.Generator().manual_seed(0)), torch.rand(3, 50, 45), torch.rand(3, 64, 64)]
+IMAGES = [
+    torch.rand(3, 64, 80, generator=torch.Generator().manual_seed(0)),
+    torch.rand(3, 50, 45),
+    torch.rand(3, 64, 64),
+]
 TARGETS = [
     target([[4, 4, 40, 40], [30, 10, 75, 60]], [0, 2], (64, 80)),
     target([], [], (50, 45)),
@@ -112,7 +116,12 @@ def test_learns_a_batch(head) -> None:
 
 @pytest.mark.parametrize(
     ("backbone", "strides"),
-    [("biformer_nano", [8, 16, 32]), ("halo_nano", [8, 16, 32]), ("favit_nano", [8, 16]), ("convnext_atto", [8, 16, 32])],
+    [
+        ("biformer_nano", [8, 16, 32]),
+        ("halo_nano", [8, 16, 32]),
+        ("favit_nano", [8, 16]),
+        ("convnext_atto", [8, 16, 32]),
+    ],
 )
 def test_backbones(backbone, strides) -> None:
     net = detector(backbone=backbone, extra_levels=False).eval()

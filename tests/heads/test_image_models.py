@@ -10,7 +10,7 @@ import torch
 import zoo
 from zoo import hub
 
-NAMES = ["biformer_nano_fpn", "biformer_nano_retinanet"]
+NAMES = ["semantic_fpn_biformer_nano", "retinanet_biformer_nano"]
 
 
 def build(name: str, **kwargs):

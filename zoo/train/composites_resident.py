@@ -54,7 +54,7 @@ class Task(ABC):
 class Segment(Task):
     """The class of each pixel, measured by the mean IoU over the background and ten classes."""
 
-    model, metric = "biformer_nano_fpn", "miou"
+    model, metric = "semantic_fpn_biformer_nano", "miou"
 
     def target(self, scenes: Composites) -> Tensor:
         return scenes.semantic
@@ -71,7 +71,7 @@ class Segment(Task):
 class Detect(Task):
     """Boxes, measured by COCO's mean average precision."""
 
-    model, metric = "biformer_nano_retinanet", "map"
+    model, metric = "retinanet_biformer_nano", "map"
 
     def target(self, scenes: Composites) -> Tensor:
         # [B, M, 5]
