@@ -1,4 +1,4 @@
-"""`zoo predict`: classify images, or find objects in point clouds, with a pretrained model."""
+"""`zoo predict`: classify images, segment them, or find objects in images and point clouds."""
 
 import argparse
 import glob
@@ -18,13 +18,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, one file a line")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where present)")
     parser.add_argument("--batch-size", type=_positive, default=32, help="images a step (default: 32)")
-    points = parser.add_argument_group("point clouds")
-    points.add_argument("--score", type=float, default=0.3, help="least score of a box (default: 0.3)")
-    points.add_argument(
+    parser.add_argument(
+        "--task",
+        choices=("classify", "segment", "detect"),
+        default="classify",
+        help="what to do with images (default: classify); segment and detect draw pictures",
+    )
+    drawn = parser.add_argument_group("boxes and pictures")
+    drawn.add_argument("--score", type=float, default=0.3, help="least score of a box (default: 0.3)")
+    drawn.add_argument(
         "--out",
         type=Path,
         default=Path("."),
-        help="folder of the boxes, FILE.json, and pictures, FILE.png (default: .)",
+        help="folder of what was found, FILE.json, and pictures, FILE.png; with --task FILE.TASK.json and .png "
+        "(default: .)",
     )
 
 
@@ -32,11 +39,13 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from zoo.cli import predict_points
+    from zoo.cli import predict_dense, predict_points
 
     if _are_point_clouds(args.images):
         return predict_points.run(*find_files(args.images, predict_points.SUFFIXES, "point cloud"), args)
     paths, failures = find_images(args.images)
+    if args.task in predict_dense.TASKS:
+        return predict_dense.run(paths, failures, args)
     # Without an image the model need not be fetched.
     classifier = Classifier(args.model, args.device) if paths else None
     console = Console()
@@ -120,6 +129,8 @@ class Classifier:
 
         self.device = pick_device(device)
         self.model = zoo.create_model(name, pretrained=True).to(self.device).eval()
+        if hasattr(self.model, "command"):
+            raise ValueError(f"'{name}' does not classify images: use --task {self.model.command}.")
         self.config = timm.data.resolve_model_data_config(self.model)
         self.transform = timm.data.create_transform(**self.config)
         self.mode = "L" if self.config["input_size"][0] == 1 else "RGB"

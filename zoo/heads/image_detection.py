@@ -174,7 +174,8 @@ class ImageDetector(nn.Module):
         num_classes: Number of classes.
         channels: Width of the pyramid; that of Mask R-CNN's heads is fixed.
         extra_levels: Add levels beyond the backbone's: P6 and P7 of RetinaNet, P6 of Mask R-CNN.
-        min_size, max_size: Shorter side that images are resized to, and limit of the longer side, which wins, pixels.
+        min_size, max_size: Shorter side that images are resized to, and limit of the longer side, which wins, in
+            pixels. Of several shorter sides training draws one for each image and evaluation takes the last.
         mean, std: Of each channel, for pixels in [0, 1].
         norm_groups: Groups of a GroupNorm after each convolution of RetinaNet's head; 0 for no norm.
         options: Further arguments of torchvision's class, such as `score_thresh` or `box_detections_per_img`.
@@ -191,7 +192,7 @@ class ImageDetector(nn.Module):
         *,
         channels: int = 256,
         extra_levels: bool = True,
-        min_size: int = 800,
+        min_size: int | Sequence[int] = 800,
         max_size: int = 1333,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
@@ -204,7 +205,8 @@ class ImageDetector(nn.Module):
         if num_classes < 1:
             raise ValueError(f"num_classes must be positive, got {num_classes}")
         self.head, self.num_classes = head, num_classes
-        transform = dict(min_size=min_size, max_size=max_size, image_mean=list(mean), image_std=list(std))
+        sides = min_size if isinstance(min_size, int) else tuple(min_size)
+        transform = dict(min_size=sides, max_size=max_size, image_mean=list(mean), image_std=list(std))
         extra = {"retinanet": "convs", "mask_rcnn": "pool"}[head] if extra_levels else "none"
         pyramid = PyramidBackbone(backbone, HEADS[head], channels, extra)
         build = self._retinanet if head == "retinanet" else self._mask_rcnn

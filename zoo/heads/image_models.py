@@ -256,19 +256,19 @@ _BIFORMER = "BiFormer: Vision Transformer with Bi-Level Routing Attention (arXiv
 
 @register(ImageSegmenter, family="segmentation", task=SEGMENTATION, paper=f"{_BIFORMER}; Panoptic Feature Pyramid "
           "Networks (arXiv:1901.02446)")  # fmt: skip
-def biformer_nano_fpn() -> dict[str, Any]:
+def semantic_fpn_biformer_nano() -> dict[str, Any]:
     """Semantic FPN of 56 channels on BiFormer-nano; ten kinds of clothes and the background."""
     return dict(
-        backbone="biformer_nano", classes=("background", *_CLASSES), image_size=160,
+        backbone="biformer_nano.zoo_fashion_mnist", classes=("background", *_CLASSES), image_size=160,
         head_kwargs=dict(pyramid_channels=56, channels=56),
     )  # fmt: skip
 
 
 @register(ImageObjectDetector, family="image_detection", task=DETECTION, paper=f"{_BIFORMER}; Focal Loss for Dense "
           "Object Detection (arXiv:1708.02002)")  # fmt: skip
-def biformer_nano_retinanet() -> dict[str, Any]:
+def retinanet_biformer_nano() -> dict[str, Any]:
     """RetinaNet of 56 channels and three levels on BiFormer-nano; ten kinds of clothes."""
     return dict(
-        backbone="biformer_nano", classes=_CLASSES, image_size=160,
+        backbone="biformer_nano.zoo_fashion_mnist", classes=_CLASSES, image_size=160,
         head_kwargs=dict(channels=56, extra_levels=False, norm_groups=8),
     )  # fmt: skip

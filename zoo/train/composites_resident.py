@@ -54,7 +54,7 @@ class Task(ABC):
 class Segment(Task):
     """The class of each pixel, measured by the mean IoU over the background and ten classes."""
 
-    model, metric = "biformer_nano_fpn", "miou"
+    model, metric = "semantic_fpn_biformer_nano", "miou"
 
     def target(self, scenes: Composites) -> Tensor:
         return scenes.semantic
@@ -71,7 +71,7 @@ class Segment(Task):
 class Detect(Task):
     """Boxes, measured by COCO's mean average precision."""
 
-    model, metric = "biformer_nano_retinanet", "map"
+    model, metric = "retinanet_biformer_nano", "map"
 
     def target(self, scenes: Composites) -> Tensor:
         # [B, M, 5]
@@ -310,7 +310,8 @@ def main(argv: list[str] | None = None) -> None:
     metrics.update(evaluate(task, stored, test, args.test_scenes))
     details = _DETAILS.format(
         photos=Path(args.backgrounds).name if args.backgrounds else "zoo/samples (CC0)",
-        train_photos=len(source.photos), held_out=len(test.photos), val=args.val_scenes, test=args.test_scenes, task=args.task, seed=args.seed, steps=batches.count - 1,
+        train_photos=len(source.photos), held_out=len(test.photos), val=args.val_scenes,
+         test=args.test_scenes, task=args.task, seed=args.seed, steps=batches.count - 1,
         batch=args.batch_size, size=args.image_size, minutes=minutes,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "a CPU",
         backbone="random weights" if args.scratch else "weights of this package trained on the same images",
