@@ -13,6 +13,8 @@ import torch
 from zoo.kernels.agent import AgentBias
 from zoo.kernels.agent import reference as agent_reference
 from zoo.kernels.agent import triton as agent_kernels
+from zoo.kernels.bias_relu import reference as relu_reference
+from zoo.kernels.bias_relu import triton as relu_kernels
 from zoo.kernels.bilevel_routing import reference, triton_routing
 from zoo.kernels.bilevel_routing import triton as kernels
 from zoo.kernels.depthwise_conv import reference as conv_reference
@@ -629,6 +631,15 @@ def test_sparse_depthwise_convolution(
     dweight = triton_depthwise.weight_gradient(grad, x, table, taps, D)
     expected = conv3d_reference.sparse_depthwise_weight_gradient(exact[2], exact[0], table, taps, D)
     torch.testing.assert_close(dweight.double(), expected, **tolerance)
+
+
+@pytest.mark.parametrize(("with_sum", "after"), [(False, False), (True, False), (True, True)])
+def test_bias_and_relu(with_sum: bool, after: bool) -> None:
+    torch.manual_seed(0)
+    x, added, bias = torch.randn(2, 70, 40), torch.randn(70, 40) if with_sum else None, torch.randn(40)
+    expected = relu_reference.bias_relu_(x[0].clone(), bias, added, after)
+    relu_kernels.bias_relu_(x[0], bias, added, after)
+    torch.testing.assert_close(x[0], expected)
 
 
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 5, 2), (3, 3, 4)], ids=str)

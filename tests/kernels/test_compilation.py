@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from zoo.kernels.agent import AgentBias
 from zoo.kernels.agent import triton as agent
+from zoo.kernels.bias_relu import triton as bias_relu
 from zoo.kernels.bilevel_routing import triton as attention
 from zoo.kernels.bilevel_routing import triton_routing
 from zoo.kernels.depthwise_conv import triton as conv
@@ -373,6 +374,14 @@ def test_rotated_suppression_compiles(candidates: int, arch: int, launches: list
     rotated.nms(boxes, torch.empty(2, dtype=torch.int32), torch.empty(2))
     rotated.overlap(boxes[0], boxes[1], False)
     rotated.overlap(boxes[0], boxes[1], True)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_bias_and_relu_compiles(arch: int, launches: list, tmp_path: Path) -> None:
+    x, bias = torch.empty(468, 468, 384, dtype=torch.float16), torch.empty(384, dtype=torch.float16)
+    bias_relu.bias_relu_(x, bias, None, False)
+    bias_relu.bias_relu_(x, bias, x, True)
     check(launches, arch, tmp_path)
 
 
