@@ -32,7 +32,7 @@ from zoo.kernels.halo.reference import Geometry, query_size
 from zoo.kernels.rotated_iou import triton as rotated
 from zoo.kernels.scatter_linear import triton as scatter_linear
 from zoo.kernels.sparse_conv import triton as sparse_conv
-from zoo.kernels.sparse_conv import triton_depthwise, triton_neighbours, triton_tiles
+from zoo.kernels.sparse_conv import triton_depthwise, triton_neighbours, triton_sites, triton_tiles
 from zoo.kernels.sparse_conv.reference import SiteGrid
 from zoo.kernels.tile_sparse import Diagonal, Layout, pattern_table, triton_descriptors
 from zoo.kernels.tile_sparse import triton as tile_sparse
@@ -310,6 +310,9 @@ def launch_sparse_depthwise() -> None:
     triton_neighbours.neighbour_table(keys, coords, (3, 3, 3), (1, 1, 1), (1, 1, 1), False, grid)
     triton_neighbours.neighbour_table(keys, coords, (3, 3, 3), (2, 2, 2), (1, 1, 1), True, grid)
     triton_tiles.build_tiles(table[:27], (3, 3, 3), 64)
+    triton_sites.number_cells(coords, grid)
+    triton_sites.coarser_sites(coords, (3, 3, 3), (2, 2, 2), (1, 1, 1), grid, 20480)
+    triton_sites.find_pillars(keys, coords, grid, 8192)
 
 
 def launch_selection(name: str) -> None:
