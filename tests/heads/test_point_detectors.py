@@ -194,6 +194,7 @@ def test_half_precision_finds_what_float_finds(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
 def test_folded_norms_change_nothing(name: str) -> None:
     detector = build(name)
     x = torch.randn(1, *detector.map_shape)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from zoo.backbones.padded_graphs import CloudBuffer, CloudGraphs
 from zoo.backbones.point_layers import DynamicVFE, FoldedVFE
-from zoo.heads.map_convs import ConvReLU, fuse_convs
+from zoo.heads.map_convs import FUSED, ConvReLU, fuse_convs
 from zoo.heads.point_runtime import PointRuntime, fold_norms
 from zoo.kernels.rotated_iou import reference as rotated_iou
 
@@ -228,25 +228,28 @@ def test_fused_convolutions_change_nothing(name: str) -> None:
     x, expected = torch.randn(1, *detector.map_shape), fold_norms(build(name))
     fused = fuse_convs(fold_norms(detector))
     assert sum(isinstance(m, ConvReLU) for m in fused.modules()) > 10
+    assert not any(isinstance(m, tuple(FUSED)) for m in fused.modules())
     torch.testing.assert_close(fused.dense(x), expected.dense(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
-@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("added", "after"), [(False, False), (True, False), (True, True)])
 @torch.no_grad()
-def test_convolution_with_sum_and_relu(added: bool, device: str) -> None:
+def test_convolution_with_sum_and_relu(added: bool, after: bool, device: str) -> None:
     torch.manual_seed(0)
     dtype = torch.float16 if device == "cuda" else torch.float32
-    for kernel, stride in ((3, 1), (3, 2), (1, 1)):
-        conv = nn.Conv2d(16, 24, kernel, stride, kernel // 2).to(device, dtype, memory_format=torch.channels_last)
+    layers = [nn.Conv2d(16, 24, 3, 1, 1), nn.Conv2d(16, 24, 3, 2, 1), nn.ConvTranspose2d(16, 24, 1, 1)]
+    for conv in (*layers, nn.ConvTranspose2d(16, 24, 2, 2), nn.ConvTranspose2d(16, 24, 1, 2)):
         x = torch.randn(2, 16, 20, 14).to(device, dtype, memory_format=torch.channels_last)
-        other = torch.randn_like(conv(x)) if added else None
-        exact = nn.functional.conv2d(x.float(), conv.weight.float(), conv.bias.float(), stride, kernel // 2)
-        out = ConvReLU(conv)(x, other)
-        assert out.is_contiguous(memory_format=torch.channels_last) or device == "cpu"
-        torch.testing.assert_close(
-            out.float(), (exact if other is None else exact + other).relu(), rtol=1e-2, atol=1e-2
-        )
+        exact = conv.to(device)(x.float())
+        other = torch.randn_like(exact).to(dtype) if added else None
+        exact = exact.relu() + other if after else (exact if other is None else exact + other).relu()
+        fused = ConvReLU(conv.to(dtype, memory_format=torch.channels_last))
+        kept = None if other is None else other.clone()
+        out = fused(x, other, after)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(out.float(), exact.float(), rtol=1e-2, atol=1e-2)
+        assert other is None or torch.equal(other, kept)
 
 
 @pytest.mark.gpu

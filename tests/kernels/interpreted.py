@@ -13,6 +13,8 @@ import torch
 from zoo.kernels.agent import AgentBias
 from zoo.kernels.agent import reference as agent_reference
 from zoo.kernels.agent import triton as agent_kernels
+from zoo.kernels.bias_relu import reference as relu_reference
+from zoo.kernels.bias_relu import triton as relu_kernels
 from zoo.kernels.bilevel_routing import reference, triton_routing
 from zoo.kernels.bilevel_routing import triton as kernels
 from zoo.kernels.depthwise_conv import reference as conv_reference
@@ -37,11 +39,13 @@ from zoo.kernels.sparse_conv import (
     sort_sites,
     triton_depthwise,
     triton_neighbours,
+    triton_sites,
     triton_tiles,
 )
 from zoo.kernels.sparse_conv import reference as conv3d_reference
 from zoo.kernels.sparse_conv import triton as conv3d_kernels
-from zoo.kernels.sparse_conv.sites import build_tiles
+from zoo.kernels.sparse_conv.reference import SiteGrid
+from zoo.kernels.sparse_conv.sites import build_tiles, coarser_sites, pillars_of
 from zoo.kernels.tile_sparse import (
     Diagonal,
     Full,
@@ -620,6 +624,32 @@ def test_sparse_depthwise_convolution(
     dweight = triton_depthwise.weight_gradient(grad, x, table, taps, D)
     expected = conv3d_reference.sparse_depthwise_weight_gradient(exact[2], exact[0], table, taps, D)
     torch.testing.assert_close(dweight.double(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("capacity", [40, 500])
+@pytest.mark.parametrize("strided", [((3, 3, 3), (2, 2, 2), (1, 1, 1)), ((3, 1, 1), (2, 1, 1), (0, 0, 0))], ids=str)
+def test_sites(strided: tuple, capacity: int) -> None:
+    for voxels in (random_voxels((70, 0, 35), (7, 6, 9), 5), random_voxels((0,), (7, 6, 9), 3)):
+        sites, _ = sort_sites(voxels, (4, 3))
+        assert torch.equal(triton_sites.number_cells(sites.coords, sites.grid), sites.keys)
+        coarse = SiteGrid(voxels.batch_size, (3, 3, 5), (2, 3))
+        if strided[0][1] == 1:
+            coarse = coarse._replace(shape=(3, 6, 9))
+        expected = coarser_sites(sites.coords, *strided, coarse, capacity)
+        actual = triton_sites.coarser_sites(sites.coords, *strided, coarse, capacity)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+        expected = pillars_of(sites.keys, sites.coords, sites.grid, capacity)
+        actual = triton_sites.find_pillars(sites.keys, sites.coords, sites.grid, capacity)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize(("with_sum", "after"), [(False, False), (True, False), (True, True)])
+def test_bias_and_relu(with_sum: bool, after: bool) -> None:
+    torch.manual_seed(0)
+    x, added, bias = torch.randn(2, 70, 40), torch.randn(70, 40) if with_sum else None, torch.randn(40)
+    expected = relu_reference.bias_relu_(x[0].clone(), bias, added, after)
+    relu_kernels.bias_relu_(x[0], bias, added, after)
+    torch.testing.assert_close(x[0], expected)
 
 
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 5, 2), (3, 3, 4)], ids=str)

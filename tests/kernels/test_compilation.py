@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from zoo.kernels.agent import AgentBias
 from zoo.kernels.agent import triton as agent
+from zoo.kernels.bias_relu import triton as bias_relu
 from zoo.kernels.bilevel_routing import triton as attention
 from zoo.kernels.bilevel_routing import triton_routing
 from zoo.kernels.depthwise_conv import triton as conv
@@ -31,7 +32,7 @@ from zoo.kernels.halo.reference import Geometry, query_size
 from zoo.kernels.rotated_iou import triton as rotated
 from zoo.kernels.scatter_linear import triton as scatter_linear
 from zoo.kernels.sparse_conv import triton as sparse_conv
-from zoo.kernels.sparse_conv import triton_depthwise, triton_neighbours, triton_tiles
+from zoo.kernels.sparse_conv import triton_depthwise, triton_neighbours, triton_sites, triton_tiles
 from zoo.kernels.sparse_conv.reference import SiteGrid
 from zoo.kernels.tile_sparse import Diagonal, Layout, hopper, pattern_table
 from zoo.kernels.tile_sparse import triton as tile_sparse
@@ -313,6 +314,9 @@ def launch_sparse_depthwise() -> None:
     triton_neighbours.neighbour_table(keys, coords, (3, 3, 3), (1, 1, 1), (1, 1, 1), False, grid)
     triton_neighbours.neighbour_table(keys, coords, (3, 3, 3), (2, 2, 2), (1, 1, 1), True, grid)
     triton_tiles.build_tiles(table[:27], (3, 3, 3), 64)
+    triton_sites.number_cells(coords, grid)
+    triton_sites.coarser_sites(coords, (3, 3, 3), (2, 2, 2), (1, 1, 1), grid, 20480)
+    triton_sites.find_pillars(keys, coords, grid, 8192)
 
 
 def launch_selection(name: str) -> None:
@@ -377,6 +381,14 @@ def test_rotated_suppression_compiles(candidates: int, arch: int, launches: list
     rotated.nms(boxes, torch.empty(2, dtype=torch.int32), torch.empty(2))
     rotated.overlap(boxes[0], boxes[1], False)
     rotated.overlap(boxes[0], boxes[1], True)
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_bias_and_relu_compiles(arch: int, launches: list, tmp_path: Path) -> None:
+    x, bias = torch.empty(468, 468, 384, dtype=torch.float16), torch.empty(384, dtype=torch.float16)
+    bias_relu.bias_relu_(x, bias, None, False)
+    bias_relu.bias_relu_(x, bias, x, True)
     check(launches, arch, tmp_path)
 
 

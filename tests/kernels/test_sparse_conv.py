@@ -361,6 +361,31 @@ def test_opcheck_depthwise_and_neighbours(device: str) -> None:
     torch.library.opcheck(torch.ops.zoo.sparse_tiles, (neighbours, [3, 3, 3]))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_opcheck_sites(device: str) -> None:
+    sites, _ = sort_sites(make_voxels(device=device), (4, 3))
+    size = (3, list(SHAPE), [4, 3])
+    torch.library.opcheck(torch.ops.zoo.sparse_numbers, (sites.coords, *size))
+    torch.library.opcheck(torch.ops.zoo.sparse_pillars, (sites.keys, sites.coords, *size, 100))
+    coarse = ([3, 3, 3], [2, 2, 2], [1, 1, 1], 3, [(n + 1) // 2 for n in SHAPE], [4, 3])
+    torch.library.opcheck(torch.ops.zoo.sparse_coarser, (sites.coords, *coarse, 100))
+
+
+@gpu
+@pytest.mark.parametrize("capacity", [1, 300, 20000])
+@pytest.mark.parametrize("name", STRIDED)
+def test_sites_on_a_gpu_are_the_definition(name: str, capacity: int) -> None:
+    for voxels in (make_voxels(), make_voxels(padding=40)):
+        found = []
+        for device in ("cpu", "cuda"):
+            num = None if voxels.num is None else voxels.num.to(device)
+            sites, _ = sort_sites(voxels._replace(coords=voxels.coords.to(device), num=num), (4, 3))
+            coarse, _ = downsample(sites, *STRIDED[name], (2, 3), capacity)
+            pillars = find_pillars(sites, capacity)
+            found.append([sites.keys, coarse.keys, coarse.coords, coarse.num, *pillars.voxels[:2], pillars.rows])
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(*found, strict=True))
+
+
 @gpu
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 13, 1), (5, 5, 3)], ids=str)
 def test_tiles_on_a_gpu_are_the_definition(kernel: tuple[int, int, int]) -> None:

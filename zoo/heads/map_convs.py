@@ -1,66 +1,63 @@
-"""Convolutions on bird's-eye-view maps for inference: bias, sum and ReLU within the convolution.
+"""Convolutions on bird's-eye-view maps for inference: bias, sum and ReLU in one pass over the result.
 
-Maps of a LiDAR detector are large (468 x 468 cells of 64 to 384 channels), and each pass over them costs about as much
-as the convolution saves by being in half precision.
+Maps of a LiDAR detector are large (468 x 468 cells of 64 to 384 channels, in half precision), and each pass over one
+takes a good part of the time of the convolution that wrote it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.backbones.cascade_ded import BasicBlock
+from zoo.backbones.bev import ResidualUnit
+from zoo.backbones.cascade_ded import DED, BasicBlock
+from zoo.kernels.bias_relu import bias_relu_
 
 
-def can_fuse(x: Tensor) -> bool:
-    """Whether cuDNN adds and rectifies in the same pass."""
-    fits = x.is_cuda and x.dtype == torch.float16
-    return fits and torch.backends.cudnn.is_available() and not torch.compiler.is_compiling()
-
-
-def conv_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups: int = 1,
-    *, added: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """relu(conv(x) + bias + added), without gradients.
-
-    Args:
-        x: [B, C, H, W].
-        weight, bias: [D, C / groups, KH, KW] and [D].
-        stride, padding, dilation, groups: As in `torch.nn.functional.conv2d`.
-        added: [B, D, H', W'], of the result's shape.
-
-    Returns:
-        [B, D, H', W'].
-    """
-    settings = stride, padding, dilation, groups
-    if not can_fuse(x):
-        out = F.conv2d(x, weight, bias, *settings)
-        return F.relu_(out if added is None else out.add_(added))
-    if added is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *settings)
-    return torch.cudnn_convolution_add_relu(x, weight, added, 1.0, bias, *settings)
+def finish(out: Tensor, bias: Tensor, added: Tensor | None = None, after: bool = False) -> Tensor:
+    """relu(out + bias + added) of a map [B, C, H, W], in place; with `after`, relu(out + bias) + added."""
+    rows = None if added is None else added.permute(0, 2, 3, 1)
+    bias_relu_(out.permute(0, 2, 3, 1), bias, rows, after=after)
+    return out
 
 
 class ConvReLU(nn.Module):
-    """A convolution with bias, then ReLU; parameters are shared with the given one.
+    """A convolution with bias, then ReLU. Weights are shared with the given one.
 
     Args:
-        conv: A convolution, or a transposed one of a single cell, which is a convolution with its weights transposed.
+        conv: A convolution, transposed or not.
     """
 
     def __init__(self, conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
         super().__init__()
-        weight = conv.weight.detach()
-        weight = weight.transpose(0, 1) if isinstance(conv, nn.ConvTranspose2d) else weight
-        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        weight, transposed = conv.weight.detach(), isinstance(conv, nn.ConvTranspose2d)
+        self.settings = conv.stride, conv.padding
+        # A transposed convolution of single cells is a convolution with its weights transposed.
+        self.transposed = transposed and (*conv.kernel_size, *conv.stride) != (1, 1, 1, 1)
+        if transposed and not self.transposed:
+            weight = weight.transpose(0, 1).contiguous()
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
-        self.settings = conv.stride, conv.padding, conv.dilation, conv.groups
 
-    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """[B, C, H, W], and what is added before the ReLU -> [B, D, H', W']"""
-        return conv_relu(x, self.weight, self.bias, *self.settings, added=added)
+    def forward(self, x: Tensor, added: Tensor | None = None, after: bool = False) -> Tensor:
+        """[B, C, H, W], and what is added before the ReLU or after it -> [B, D, H', W']"""
+        convolve: Callable[..., Tensor] = F.conv_transpose2d if self.transposed else F.conv2d
+        return finish(convolve(x, self.weight, None, *self.settings), self.bias, added, after)
+
+
+class FusedUnit(nn.Module):
+    """A `ResidualUnit` whose norm is folded."""
+
+    def __init__(self, unit: ResidualUnit) -> None:
+        super().__init__()
+        self.conv, self.residual = ConvReLU(unit[0]), unit.residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, D, H / stride, W / stride]"""
+        return self.conv(x, x if self.residual else None, after=True)
 
 
 class FusedBlock(nn.Module):
@@ -75,14 +72,38 @@ class FusedBlock(nn.Module):
         return self.conv2(self.conv1(x), x if self.shortcut is None else self.shortcut(x))
 
 
+class FusedDED(nn.Module):
+    """A `DED` whose norms behind convolutions are folded."""
+
+    def __init__(self, ded: DED) -> None:
+        super().__init__()
+        self.encoder, self.decoder_norm = ded.encoder, ded.decoder_norm
+        self.decoder = nn.ModuleList(ConvReLU(conv) for conv, _ in ded.decoder)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, D, H, W]"""
+        levels = []
+        for level in self.encoder:
+            x = level(x)
+            levels.append(x)
+        for conv, norm, skip in zip(self.decoder, self.decoder_norm, reversed(levels[:-1]), strict=True):
+            x = norm(conv(x, skip, after=True))
+        return x
+
+
+FUSED = {ResidualUnit: FusedUnit, BasicBlock: FusedBlock, DED: FusedDED}
+
+
 def _is_plain(conv: nn.Module) -> bool:
-    if isinstance(conv, nn.ConvTranspose2d):
-        return conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1 and conv.bias is not None
-    return isinstance(conv, nn.Conv2d) and conv.padding_mode == "zeros" and conv.bias is not None
+    """Whether a module is a convolution that `ConvReLU` knows."""
+    if not isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)) or conv.bias is None:
+        return False
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    return plain and getattr(conv, "output_padding", (0, 0)) == (0, 0)
 
 
 def _fuse_children(parent: nn.Module, names: list[str]) -> None:
-    """Fuse convolutions, folded norms and ReLUs that follow each other among children."""
+    """Join convolutions and ReLUs with nothing but folded norms between them."""
     for i, name in enumerate(names):
         after = [n for n in names[i + 1 :] if not isinstance(getattr(parent, n), nn.Identity)]
         if after and _is_plain(getattr(parent, name)) and isinstance(getattr(parent, after[0]), nn.ReLU):
@@ -91,17 +112,35 @@ def _fuse_children(parent: nn.Module, names: list[str]) -> None:
 
 
 def fuse_convs(model: nn.Module) -> nn.Module:
-    """Join convolutions with the ReLU behind them, in place; norms must be folded.
+    """Join convolutions with what follows them, in place; their norms must be folded.
 
-    Found are neighbours in a `Sequential`, `conv`, `bn` and `activate` of any other module, and `BasicBlock`s.
+    Found are neighbours in a `Sequential`, `conv`, `bn` and `activate` of any other module, and the blocks of the
+    backbones on maps.
     """
-    for parent in list(model.modules()):
+    # Children first: a block holds others.
+    for parent in reversed(list(model.modules())):
         names = list(dict(parent.named_children()))
-        if isinstance(parent, nn.Sequential):
+        for name in names:
+            child = getattr(parent, name)
+            if type(child) in FUSED and all(map(_is_plain, _convs(child))):
+                setattr(parent, name, FUSED[type(child)](child))
+        if type(parent) is nn.Sequential:
             _fuse_children(parent, names)
         elif {"conv", "bn", "activate"} <= set(names):
             _fuse_children(parent, ["conv", "bn", "activate"])
-        for name in names:
-            if isinstance(child := getattr(parent, name), BasicBlock) and _is_plain(child.conv1):
-                setattr(parent, name, FusedBlock(child))
     return model
+
+
+def _convs(block: nn.Module) -> list[nn.Module]:
+    """The convolutions of a block that become `ConvReLU`s."""
+    if isinstance(block, BasicBlock):
+        return [block.conv1, block.conv2]
+    return [block[0]] if isinstance(block, ResidualUnit) else [conv for conv, _ in block.decoder]
+
+
+def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    """relu(conv(x) + bias), [B, C, H, W] -> [B, D, H', W'], without gradients."""
+    if torch.compiler.is_compiling():
+        # Joined by the compiler.
+        return F.relu(F.conv2d(x, weight, bias, padding=padding))
+    return finish(F.conv2d(x, weight, padding=padding), bias)

@@ -93,7 +93,7 @@ class JointBranches(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[B, C, H, W] -> raw maps by name, as `CenterHead.forward`."""
-        x = conv_relu(self.shared_conv(x), self.hidden_weight, self.hidden_bias)
+        x = conv_relu(self.shared_conv(x), self.hidden_weight, self.hidden_bias, padding=1)
         maps = F.conv2d(x, self.weight, self.bias, padding=1)
         parts = maps[:, : sum(self.sizes.values())].split(list(self.sizes.values()), 1)
         return dict(zip(self.sizes, parts, strict=True))
@@ -158,7 +158,7 @@ class PointRuntime:
         joint = self.padded and isinstance(detector.head, CenterHead)
         self._head = JointBranches(detector.head) if joint else detector.head
         if not self.compiled:
-            # A compiler joins more by itself.
+            # A compiler joins them by itself.
             fuse_convs(detector)
         for module in [*detector.children(), self._head]:
             if module is not detector.vfe_module:

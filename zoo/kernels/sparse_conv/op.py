@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.kernels._dispatch import MAX_OFFSET, cast_for_autocast, refuse, use_triton
 from zoo.kernels.sparse_conv import reference
 from zoo.kernels.sparse_conv.reference import SiteGrid
-from zoo.kernels.sparse_conv.sites import TILE, Neighbours, build_tiles
+from zoo.kernels.sparse_conv.sites import TILE, Neighbours, build_tiles, coarser_sites, pillars_of
 
 MAX_KERNELS = 3
 MAX_GROUP = 256
@@ -41,6 +41,68 @@ def _(keys, coords, kernel, stride, padding, transposed, batch_size, shape, wind
 def _(keys, coords, kernel, stride, padding, transposed, batch_size, shape, window):
     taps = kernel[0] * kernel[1] * kernel[2]
     return coords.new_empty((taps, coords.shape[0]), dtype=torch.int32)
+
+
+@torch.library.custom_op("zoo::sparse_numbers", mutates_args=(), device_types="cuda")
+def _numbers(coords: Tensor, batch_size: int, shape: list[int], window: list[int]) -> Tensor:
+    from zoo.kernels.sparse_conv import triton_sites
+
+    return triton_sites.number_cells(coords, SiteGrid(batch_size, tuple(shape), tuple(window)))
+
+
+@_numbers.register_kernel("cpu")
+def _(coords, batch_size, shape, window):
+    return SiteGrid(batch_size, tuple(shape), tuple(window)).encode(coords)
+
+
+@_numbers.register_fake
+def _(coords, batch_size, shape, window):
+    return coords.new_empty(coords.shape[0], dtype=torch.int64)
+
+
+@torch.library.custom_op("zoo::sparse_coarser", mutates_args=(), device_types="cuda")
+def _coarser(
+    coords: Tensor, kernel: list[int], stride: list[int], padding: list[int], batch_size: int, shape: list[int],
+    window: list[int], capacity: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from zoo.kernels.sparse_conv import triton_sites
+
+    grid = SiteGrid(batch_size, tuple(shape), tuple(window))
+    function = triton_sites.coarser_sites if len(coords) and capacity else coarser_sites
+    return function(coords, kernel, stride, padding, grid, capacity)
+
+
+@_coarser.register_kernel("cpu")
+def _(coords, kernel, stride, padding, batch_size, shape, window, capacity):
+    grid = SiteGrid(batch_size, tuple(shape), tuple(window))
+    return coarser_sites(coords, kernel, stride, padding, grid, capacity)
+
+
+@_coarser.register_fake
+def _(coords, kernel, stride, padding, batch_size, shape, window, capacity):
+    long = dict(dtype=torch.int64)
+    return coords.new_empty(capacity, **long), coords.new_empty(capacity, 4), coords.new_empty((), **long)
+
+
+@torch.library.custom_op("zoo::sparse_pillars", mutates_args=(), device_types="cuda")
+def _pillars(
+    keys: Tensor, coords: Tensor, batch_size: int, shape: list[int], window: list[int], capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from zoo.kernels.sparse_conv import triton_sites
+
+    grid = SiteGrid(batch_size, tuple(shape), tuple(window))
+    function = triton_sites.find_pillars if len(coords) and capacity else pillars_of
+    return function(keys, coords, grid, capacity)
+
+
+@_pillars.register_kernel("cpu")
+def _(keys, coords, batch_size, shape, window, capacity):
+    return pillars_of(keys, coords, SiteGrid(batch_size, tuple(shape), tuple(window)), capacity)
+
+
+@_pillars.register_fake
+def _(keys, coords, batch_size, shape, window, capacity):
+    return coords.new_empty(capacity, 4), keys.new_empty(capacity, shape[0]), keys.new_empty(())
 
 
 @torch.library.custom_op("zoo::sparse_tiles", mutates_args=(), device_types="cuda")

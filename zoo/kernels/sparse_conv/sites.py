@@ -72,7 +72,7 @@ def sort_sites(
         The sites, and int64 [N] the voxel of each row; None where they are sorted already.
     """
     grid = SiteGrid(voxels.batch_size, voxels.shape, window or voxels.shape[1:])
-    keys = grid.encode(voxels.coords)
+    keys = _ops().sparse_numbers(voxels.coords, grid.batch_size, list(grid.shape), list(grid.window))
     if is_sorted:
         return Sites(keys, voxels.coords, voxels.num, grid), None
     keys, order = keys.sort(stable=True)
@@ -86,11 +86,16 @@ def window_offsets(sites: Sites) -> Tensor:
     return torch.searchsorted(sites.keys, starts, out_int32=True)
 
 
-def _lookup(sites: Sites, coords: Tensor, kernel, stride, padding, transposed: bool) -> Tensor:
-    import zoo.kernels.sparse_conv.op  # noqa: F401 (registers the op)
+def _ops():
+    """The registered ops, which need what is defined here."""
+    import zoo.kernels.sparse_conv.op  # noqa: F401 (registers them)
 
+    return torch.ops.zoo
+
+
+def _lookup(sites: Sites, coords: Tensor, kernel, stride, padding, transposed: bool) -> Tensor:
     grid = sites.grid
-    return torch.ops.zoo.sparse_neighbours(
+    return _ops().sparse_neighbours(
         sites.keys, coords, list(kernel), list(stride), list(padding), transposed,
         grid.batch_size, list(grid.shape), list(grid.window),
     )  # fmt: skip
@@ -148,15 +153,11 @@ def downsample(
     old = sites.grid
     shape = tuple((n + 2 * p - k) // s + 1 for n, p, k, s in zip(old.shape, padding, kernel, stride, strict=True))
     grid = SiteGrid(old.batch_size, shape, window or shape[1:])
-    keys = _sorted(_output_keys(sites, kernel, stride, padding, grid), grid.end)
-    first = torch.cat((keys.new_ones(min(1, len(keys)), dtype=torch.bool), keys[1:] != keys[:-1]))
-    num = (first & (keys < grid.end)).sum()
-    N = int(num) if capacity is None else capacity
-    # Equal keys go to one row; the row behind the last takes what finds no room.
-    row = (first.cumsum(0) - 1).clamp(max=N)
-    keys = keys.new_full((N + 1,), grid.end).scatter(0, row, keys)[:N]
-    padded = capacity is not None
-    out = Sites(keys, grid.decode(keys), num.clamp(max=N) if padded else None, grid)
+    if capacity is None:
+        out = Sites(*coarser_sites(sites.coords, kernel, stride, padding, grid, None), None, grid)
+    else:
+        sizes = list(kernel), list(stride), list(padding), grid.batch_size, list(shape), list(grid.window)
+        out = Sites(*_ops().sparse_coarser(sites.coords, *sizes, capacity), grid)
     table = _lookup(sites, out.coords, kernel, stride, padding, False)
     tiles = make_tiles(table, kernel)
     if not gradients:
@@ -166,21 +167,33 @@ def downsample(
     return out, Neighbours(tuple(kernel), table, tiles, transposed, make_tiles(transposed, kernel), False)
 
 
+def coarser_sites(coords: Tensor, kernel, stride, padding, grid: SiteGrid, capacity: int | None) -> tuple[Tensor, ...]:
+    """Numbers and cells of the output sites of input sites at `coords`, and with a capacity their number."""
+    keys = _sorted(_output_keys(coords, kernel, stride, padding, grid), grid.end)
+    first = torch.cat((keys.new_ones(min(1, len(keys)), dtype=torch.bool), keys[1:] != keys[:-1]))
+    num = (first & (keys < grid.end)).sum()
+    N = int(num) if capacity is None else capacity
+    # Equal keys go to one row; the row behind the last takes what finds no room.
+    row = (first.cumsum(0) - 1).clamp(max=N)
+    keys = keys.new_full((N + 1,), grid.end).scatter(0, row, keys)[:N].clone()
+    return (keys, grid.decode(keys)) if capacity is None else (keys, grid.decode(keys), num.clamp(max=N))
+
+
 def _sorted(keys: Tensor, largest: int) -> Tensor:
     """Ascending keys; a radix sort of 32 bits takes half the passes of one of 64."""
     return keys.int().sort().values.long() if largest < 2**31 else keys.sort().values
 
 
-def _output_keys(sites: Sites, kernel, stride, padding, grid: SiteGrid) -> Tensor:
+def _output_keys(coords: Tensor, kernel, stride, padding, grid: SiteGrid) -> Tensor:
     """Numbers of the output cells that each input site reaches, int64 [N * reached]; `grid.end` for none."""
     cells = []
     for axis in range(3):
         k, s, p = kernel[axis], stride[axis], padding[axis]
-        at = sites.coords[:, axis + 1].long()[:, None] + p
+        at = coords[:, axis + 1].long()[:, None] + p
         cell = at.div(s, rounding_mode="floor") - torch.arange(-(-k // s), device=at.device)  # [N, reached]
         reached = (at - cell * s < k) & (cell >= 0) & (cell < grid.shape[axis])
         cells.append((cell, reached))
-    b, *parts = grid.parts(sites.coords[:, 0], *(cell for cell, _ in cells))
+    b, *parts = grid.parts(coords[:, 0], *(cell for cell, _ in cells))
     z, y, x = (part.where(reached, grid.end) for part, (_, reached) in zip(parts, cells, strict=True))
     keys = b[:, None, None, None] + z[:, :, None, None] + y[:, None, :, None] + x[:, None, None, :]
     return keys.clamp(max=grid.end).flatten()
@@ -196,9 +209,7 @@ def make_tiles(table: Tensor, kernel: Sequence[int]) -> Tensor:
         int32 [T, 1 + K + TILE]: how many taps a tile meets, these taps first among all K, and its rows, -1 behind the
         last one. Empty on a CPU, where the reference runs.
     """
-    import zoo.kernels.sparse_conv.op  # noqa: F401 (registers the op)
-
-    return torch.ops.zoo.sparse_tiles(table, list(kernel)) if table.is_cuda else table.new_empty(0)
+    return _ops().sparse_tiles(table, list(kernel)) if table.is_cuda else table.new_empty(0)
 
 
 def build_tiles(table: Tensor, kernel: Sequence[int]) -> Tensor:
@@ -229,19 +240,30 @@ def find_pillars(sites: Sites, capacity: int | None = None) -> Pillars:
         sites: Sites of a map.
         capacity: Columns of the result. Without it there are as many as needed, which waits for the device once.
     """
-    Z, N = sites.grid.shape[0], len(sites.keys)
-    column = sites.keys // Z  # z runs fastest
-    real = sites.real()
+    grid = sites.grid
+    if capacity is None:
+        coords, rows, num = pillars_of(sites.keys, sites.coords, grid, None)
+    else:
+        sizes = grid.batch_size, list(grid.shape), list(grid.window), capacity
+        coords, rows, num = _ops().sparse_pillars(sites.keys, sites.coords, *sizes)
+    return Pillars(Voxels(coords, num, grid.batch_size, (1, *grid.shape[1:])), rows)
+
+
+def pillars_of(
+    keys: Tensor, coords: Tensor, grid: SiteGrid, capacity: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cells [P, 4] and rows [P, Z] of pillars, and with a capacity their number."""
+    Z, N = grid.shape[0], len(keys)
+    column = keys // Z  # z runs fastest
+    real = keys < grid.end
     first = torch.cat((real[:1], (column[1:] != column[:-1]) & real[1:]))
     num = first.sum()
     P = int(num) if capacity is None else capacity
     pillar = (first.cumsum(0) - 1).where(real, P).clamp(max=P)
-    empty = sites.coords.new_zeros(P + 1, 4)
-    empty[:, 0] = sites.grid.batch_size
-    coords = empty.scatter(0, pillar[:, None].expand(N, 4), sites.coords)[:P]
-    coords = torch.cat((coords[:, :1], torch.zeros_like(coords[:, :1]), coords[:, 2:]), 1)
+    empty = coords.new_zeros(P + 1, 4)
+    empty[:, 0] = grid.batch_size
+    cells = empty.scatter(0, pillar[:, None].expand(N, 4), coords)[:P]
+    cells = torch.cat((cells[:, :1], torch.zeros_like(cells[:, :1]), cells[:, 2:]), 1)
     row = torch.arange(N, device=column.device)
-    rows = row.new_full(((P + 1) * Z,), N).scatter(0, pillar * Z + sites.coords[:, 1], row)
-    voxels = Voxels(coords, None if capacity is None else num.clamp(max=P), sites.grid.batch_size,
-                    (1, *sites.grid.shape[1:]))  # fmt: skip
-    return Pillars(voxels, rows.view(P + 1, Z)[:P])
+    rows = row.new_full(((P + 1) * Z,), N).scatter(0, pillar * Z + coords[:, 1], row)
+    return cells, rows.view(P + 1, Z)[:P].clone(), None if capacity is None else num.clamp(max=P)
