@@ -12,12 +12,14 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassAccuracy
 
 from zoo.factory import create_model
 from zoo.train.distillation import Distillation, Distiller
 from zoo.train.seeding import mix_seed, run_seed, seed_global
+from zoo.train.sharding import check_callbacks, compile_blocks, shard
 
 
 def _logits_and_embedding(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +35,9 @@ class ImageClassifier(LightningModule):
         num_classes: Number of classes; the command line takes it from the data.
         pretrained: Whether to start from pretrained weights.
         model_kwargs: Further arguments of the model, such as ``drop_path_rate``.
-        compile: Whether to train through ``torch.compile``.
+        compile: Whether to train through ``torch.compile``; block by block where the model is sharded.
+        grad_checkpointing: Whether to compute the activations of blocks again in the backward pass instead of keeping
+            them, which saves memory and costs time.
         channels_last: Whether to keep images and convolution weights in channels-last memory format.
         optimizer: Name of an optimizer of timm (``timm.optim.list_optimizers()``).
         lr: Peak learning rate.
@@ -63,6 +67,7 @@ class ImageClassifier(LightningModule):
         pretrained: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         compile: bool = False,
+        grad_checkpointing: bool = False,
         channels_last: bool = False,
         optimizer: str = "adamw",
         lr: float = 1e-3,
@@ -93,6 +98,8 @@ class ImageClassifier(LightningModule):
         self.net = create_model(model, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {}))
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.net.to(memory_format=self.memory_format)
+        if grad_checkpointing:
+            self.net.set_grad_checkpointing(True)
         width = getattr(self.net, "head_hidden_size", None) or self.net.num_features
         self.distiller = Distiller(distillation, width, num_classes) if distillation else None
         self._forward_both = _logits_and_embedding
@@ -130,8 +137,29 @@ class ImageClassifier(LightningModule):
             for name, k in metrics.items():
                 setattr(self, f"{stage}_{name}", MulticlassAccuracy(classes, top_k=k, average="micro"))
 
+    def configure_model(self) -> None:
+        """Shard the model where the strategy asks for it (FSDP2); otherwise there is nothing to do.
+
+        Raises:
+            ValueError: Weights are to be averaged, or a teacher to be distilled, under this strategy.
+        """
+        mesh = self.device_mesh
+        if mesh is None or isinstance(self.net, FSDPModule):
+            return
+        check_callbacks(self.trainer.callbacks)
+        if self.distiller is not None:
+            raise ValueError("distillation is not available with strategy=fsdp: use strategy=ddp")
+        if self.hparams.compile:
+            # `compile` of the whole network would trace through the gathering of its parts.
+            self.net._compiled_call_impl = None
+            compile_blocks(self.net)
+        shard(self.net, mesh["data_parallel"])
+
     def setup(self, stage: str) -> None:
         """Take from the data module what depends on the images: the teacher's normalisation, the size of a step."""
+        if self.hparams.compile and self.trainer.world_size > 1:
+            # DDP's splitting of graphs refuses those with checkpoints inside; blocks of several families have them.
+            torch._dynamo.config.optimize_ddp = False
         data = self.trainer.datamodule
         if not hasattr(data, "data_config"):
             return
@@ -227,6 +255,8 @@ class ImageClassifier(LightningModule):
         updates = self.trainer.estimated_stepping_batches
         if math.isinf(updates):
             raise ValueError("the learning rate schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        # With max_steps alone the trainer has not looked at the data yet.
+        self.trainer.fit_loop.setup_data()
         per_epoch = max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
         kwargs = hparams.scheduler_kwargs or {}
         scheduler, _ = create_scheduler_v2(

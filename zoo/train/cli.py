@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from zoo.train.checks import ConfigError, check_config, check_option, find_class, read_config
 from zoo.train.configs import find_config, list_configs
 from zoo.train.export import read_checkpoint
+from zoo.train.sharding import FullyShardedStrategy
 
 _SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
@@ -89,6 +90,13 @@ class ZooCLI(LightningCLI):
         # Lightning would overwrite the configuration with the checkpoint's hyper-parameters, so that an option such as
         # --model.init_args.lr had no effect on a resumed run.
         pass
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Let ``fsdp`` stand for FSDP2."""
+        section = self.config_init[self.subcommand]["trainer"]
+        if section.get("strategy") == "fsdp":
+            section["strategy"] = FullyShardedStrategy()
+        return super().instantiate_trainer(**kwargs)
 
     def before_instantiate_classes(self) -> None:
         """Allow TF32 in float32 matrix products on a GPU."""

@@ -1,0 +1,76 @@
+"""Fully sharded data parallel training (FSDP2) through Lightning: the strategy, and what is sharded as a unit."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2 with all processes in one group of data, and checkpoints in one ordinary file.
+
+    ``zoo fit --trainer.strategy=fsdp`` stands for it. Lightning's own ``fsdp`` is FSDP1, which hands flattened
+    parameters to the optimizer: the rule that spares biases and norms from weight decay goes by a parameter's number of
+    dimensions, so that it would spare all of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        """Let data be divided among all processes of all nodes."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+def blocks_of(net: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of an image model: modules of a ``blocks`` list, or else of a class named ``...Block``."""
+    named = [(name.split("."), module) for name, module in net.named_modules()]
+    listed = [module for path, module in named if path[-1].isdigit() and path[-2:-1] == ["blocks"]]
+    return listed or [module for _, module in named if type(module).__name__.endswith("Block")]
+
+
+def shard(net: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Shard a model in place over a mesh of one dimension, each block and then the rest as a unit.
+
+    Args:
+        net: An image model. Parameters become DTensors of the same shapes under the same names.
+        mesh: Devices to shard over.
+
+    Returns:
+        The model.
+    """
+    # Sharding takes contiguous parameters only. Images may still be channels-last.
+    net.to(memory_format=torch.contiguous_format)
+    for block in blocks_of(net):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def compile_blocks(net: nn.Module) -> nn.Module:
+    """Compile each block in place instead of the whole model, so that gathering and reducing stay outside of graphs."""
+    blocks = blocks_of(net)
+    # Blocks that differ in a constant, such as the rate of drop path, are compiled each for itself.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, len(blocks) + 8)
+    for block in blocks:
+        block.compile()
+    return net
+
+
+def check_callbacks(callbacks: list[object]) -> None:
+    """Refuse averaging of weights, which copies the whole model.
+
+    Raises:
+        ValueError: There is such a callback.
+    """
+    found = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
+    if found:
+        raise ValueError(
+            f"{found[0]} cannot average a sharded model: leave the callback out with strategy=fsdp, or train with "
+            "strategy=ddp"
+        )
