@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import signal
 
 import numpy as np
 import pytest
 import torch
+from fashion import write_bars
 from PIL import Image
 
 import zoo
@@ -20,18 +20,7 @@ from zoo.train.scenes import GarmentPool
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Fashion-MNIST's files with bars in place of garments: class k is a bar of 8 + k columns."""
-    folder = tmp_path_factory.mktemp("fashion")
-    for name, count in (("train", 5100), ("t10k", 100)):
-        labels = np.arange(count, dtype=np.uint8) % 10
-        images = np.zeros((count, 28, 28), np.uint8)
-        for label in range(10):
-            images[labels == label, 2:26, 2 : 10 + label] = 100 + 15 * label
-        header = np.array([0x803, count, 28, 28], ">i4").tobytes()
-        (folder / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + images.tobytes(), 1))
-        header = np.array([0x801, count], ">i4").tobytes()
-        (folder / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + labels.tobytes()))
-    return folder
+    return write_bars(tmp_path_factory.mktemp("fashion"))
 
 
 @pytest.fixture(scope="module")

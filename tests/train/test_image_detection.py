@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from zoo.train.checks import read_config
 from zoo.train.cli import main
 from zoo.train.configs import find_config
-from zoo.train.data.coco import CocoDetectionData, VocDetectionData
+from zoo.train.data.coco import CocoDetectionData, CompositeDetectionData, VocDetectionData
 from zoo.train.export import read_checkpoint
 from zoo.train.image_detection import ObjectDetector
 
@@ -240,6 +240,21 @@ def test_command_line(coco, tmp_path, monkeypatch, capsys) -> None:
     assert "would use random weights" in capsys.readouterr().err
     main(["fit", *recipe])
     assert list(tmp_path.rglob("last.ckpt"))
+
+
+def test_composites(tmp_path) -> None:
+    """Scenes as items: boxes and masks as they were composed."""
+    from fashion import write_bars
+
+    write_bars(tmp_path)
+    module = CompositeDetectionData(str(tmp_path), image_size=64, scenes=4, val_scenes=2, num_workers=0)
+    module.setup()
+    scenes = module.splits["val"].source(torch.arange(2))
+    for number, (images, (target,)) in enumerate(module.val_dataloader()):
+        torch.testing.assert_close(images[0], scenes.pixels[number])
+        expected = scenes.targets()[number]
+        assert torch.equal(target["boxes"], expected["boxes"]) and torch.equal(target["labels"], expected["labels"])
+        assert torch.equal(target["masks"].bool(), expected["masks"])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
