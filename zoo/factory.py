@@ -138,7 +138,8 @@ def list_models(
         pretrained: Only models with weights; the names then carry their tags.
         exclude_filters: Wildcard filter(s) of names to leave out.
         include_tags: Add tags to the names. None means the value of `pretrained`.
-        task: Only models of this task: `image-classification` or `object-detection-3d`.
+        task: Only models of this task: `image-classification`, `image-segmentation`, `object-detection` or
+            `object-detection-3d`.
     """
     names = timm.list_models(filter, pretrained=pretrained, exclude_filters=exclude_filters, include_tags=include_tags)
     names = [name for name in names if model_entrypoint(name).__module__.startswith("zoo.")]

@@ -27,11 +27,7 @@ def target(boxes: list[list[float]], labels: list[int], size: tuple[int, int]) -
     return dict(boxes=corners, labels=torch.tensor(labels, dtype=torch.int64), masks=masks)
 
 
-IMAGES = [
-    torch.rand(3, 64, 80, generator=torch.Generator().manual_seed(0)),
-    torch.rand(3, 50, 45),
-    torch.rand(3, 64, 64),
-]
+IMAGES = [torch.linspace(0, 1, 3 * h * w).view(3, h, w) for h, w in ((64, 80), (50, 45), (64, 64))]
 TARGETS = [
     target([[4, 4, 40, 40], [30, 10, 75, 60]], [0, 2], (64, 80)),
     target([], [], (50, 45)),

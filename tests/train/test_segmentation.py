@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fashion import write_bars
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
@@ -14,10 +16,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
+from zoo.train.checks import read_config
 from zoo.train.cli import main
 from zoo.train.configs import find_config
 from zoo.train.data.segmentation import (
     BalancedCrop,
+    CompositeSegmentationData,
     EvalResize,
     PadTo,
     SegmentationFolderData,
@@ -25,6 +29,8 @@ from zoo.train.data.segmentation import (
 )
 from zoo.train.export import read_checkpoint
 from zoo.train.segmentation import SemanticSegmenter, pixel_cross_entropy
+
+RECIPES = sorted(path.stem for path in Path(find_config("segmentation/biformer_nano_composites")).parent.glob("*.yaml"))
 
 # ADE20K's labels: 0 for none, then the classes.
 COLOURS = {0: (128, 128, 128), 1: (220, 30, 30), 2: (30, 220, 30), 3: (30, 30, 220)}
@@ -135,6 +141,27 @@ def test_voc(tmp_path) -> None:
     torch.testing.assert_close(found[0], torch.from_numpy(labels).long())
     with pytest.raises(FileNotFoundError, match="no Pascal VOC 2012 'val'.*ImageSets/Segmentation/val.txt"):
         VOCSegmentationData(str(tmp_path)).setup()
+
+
+def test_composites(tmp_path) -> None:
+    """Scenes as items: the label maps are those of the composed scenes."""
+    write_bars(tmp_path)
+    sizes = dict(scene_size=64, crop_size=64, short_side=64)
+    module = CompositeSegmentationData(str(tmp_path), scenes=4, val_scenes=2, num_workers=0, **sizes)
+    module.setup()
+    scenes = module.splits["val"].source(torch.arange(2))
+    found = torch.cat([labels for _, labels in module.val_dataloader()])
+    assert torch.equal(found, scenes.semantic) and module.class_names[0] == "background"
+    with pytest.raises(ValueError, match="num_classes is 5, but the data has 11 classes"):
+        CompositeSegmentationData(str(tmp_path), num_classes=5).setup()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_name_backbones_and_arguments_that_exist(recipe) -> None:
+    options = read_config(find_config(f"segmentation/{recipe}"))["model"]["init_args"]
+    options.pop("pretrained_backbone", None)
+    with torch.device("meta"):
+        SemanticSegmenter(num_classes=150, **options)
 
 
 def test_wrong_folders(ade, tmp_path) -> None:

@@ -16,6 +16,7 @@ from torchmetrics import Metric
 
 from zoo.heads.image_detection import create_image_detector
 from zoo.train.detection import parameter_groups
+from zoo.train.image_metrics import RECALLS, THRESHOLDS
 from zoo.train.seeding import mix_seed, run_seed, seed_global
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -162,17 +163,19 @@ class ObjectDetector(LightningModule):
 
 
 def coco_metric(kinds: tuple[str, ...]) -> Metric:
-    """torchmetrics' mean average precision of "bbox" and "segm".
+    """torchmetrics' mean average precision of "bbox" and "segm"; of masks it leaves out images without objects.
 
     Raises:
         ImportError: Neither pycocotools nor faster-coco-eval is there.
     """
     from torchmetrics.detection import MeanAveragePrecision
 
+    # COCO's own numbers; those of torchmetrics are rounded to float32, which moves results at ties.
+    options = dict(iou_thresholds=THRESHOLDS.tolist(), rec_thresholds=RECALLS.tolist())
     error = None
     for backend in ("pycocotools", "faster_coco_eval"):
         try:
-            return MeanAveragePrecision(iou_type=kinds, backend=backend)
+            return MeanAveragePrecision(iou_type=kinds, backend=backend, **options)
         except ImportError as missing:
             error = missing
     raise ImportError("COCO's metrics need pycocotools: pip install 'attention-zoo[detection]'") from error

@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 
 # COCO's thresholds of the IoU, recalls at which precision is read, and detections of an image that count.
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
-_RECALLS = np.linspace(0, 1, 101)
+RECALLS = np.linspace(0, 1, 101)
 _MOST = 100
 
 
@@ -93,7 +93,7 @@ def _match(overlap: np.ndarray) -> np.ndarray:
 
 def _read(recall: np.ndarray, precision: np.ndarray) -> float:
     """Mean precision at 101 recalls, 0 beyond the greatest one."""
-    place = np.searchsorted(recall, _RECALLS, side="left")
+    place = np.searchsorted(recall, RECALLS, side="left")
     return float(np.append(precision, 0.0)[np.minimum(place, len(precision))].mean())
 
 

@@ -98,6 +98,12 @@ class DetectionDataModule(ImageDataModule):
         )
         self.save_hyperparameters()
 
+    def setup(self, stage: str | None = None) -> None:
+        """Open the data once and check the number of classes."""
+        if not self.splits:
+            self.splits = self.load_splits()
+            self.check_class_count()
+
     @property
     def data_config(self) -> dict[str, Any]:
         """What a user of the trained model must know: the names of the classes."""

@@ -1,4 +1,4 @@
-"""Images with a label for each pixel: ADE20K's folders and Pascal VOC, transformed together."""
+"""Images with a label for each pixel: ADE20K's folders, Pascal VOC and scenes of clothes, transformed together."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torchvision.datasets import VOCSegmentation
 from torchvision.transforms import v2
 
 from zoo.train.data.base import ImageDataModule
+from zoo.train.data.composites import CLASSES, CompositeSource
 from zoo.train.seeding import ResumableLoader, SeededSampler, local_seed, run_seed
 
 # Label of pixels without a class.
@@ -374,3 +375,61 @@ class VOCSegmentationData(SegmentationDataModule):
                 f"no Pascal VOC {year} '{image_set}' in {root}: expected {root}/VOCdevkit/VOC{year} with JPEGImages, "
                 f"SegmentationClass and ImageSets/Segmentation/{image_set}.txt"
             ) from error
+
+
+class CompositePairs(Sequence):
+    """A number of composite scenes with their label maps."""
+
+    def __init__(self, source: CompositeSource, count: int) -> None:
+        self.source, self.count = source, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        scenes = self.source(torch.tensor([index]))
+        pixels = (scenes.pixels[0] * 255).round().byte()
+        return v2.functional.to_pil_image(pixels), Image.fromarray(scenes.semantic[0].byte().numpy())
+
+
+class CompositeSegmentationData(SegmentationDataModule):
+    """Scenes of clothes over photographs, see `zoo.train.data.composites`: the background and ten classes.
+
+    Args:
+        root: Folder of Fashion-MNIST's IDX files.
+        num_classes: Number of classes, 11.
+        scene_size: Height and width of a scene in pixels.
+        scenes: Scenes of an epoch.
+        val_scenes: Scenes of validation, and of test.
+        backgrounds: Folder of photographs; null for those of this package.
+        seed: Of the scenes.
+        **kwargs: Arguments of ``SegmentationDataModule``.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        num_classes: int = 11,
+        scene_size: int = 160,
+        scenes: int = 4096,
+        val_scenes: int = 256,
+        backgrounds: str | None = None,
+        seed: int = 0,
+        **kwargs,
+    ):
+        super().__init__(num_classes=num_classes, **kwargs)
+        self.save_hyperparameters()
+
+    def load_splits(self) -> dict[str, Sequence]:
+        """Read the garments and the photographs."""
+        hparams = self.hparams
+        self.class_names = ["background", *CLASSES]
+        self.check_class_count()
+        counts = dict(train=hparams.scenes, val=hparams.val_scenes, test=hparams.val_scenes)
+        options = dict(image_size=hparams.scene_size, seed=hparams.seed, backgrounds=hparams.backgrounds)
+        return {
+            split: CompositePairs(CompositeSource(hparams.root, split, **options), count)
+            for split, count in counts.items()
+        }
