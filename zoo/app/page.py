@@ -58,7 +58,7 @@ def _classify_tab(gr: Any) -> None:
     with gr.Row():
         with gr.Column():
             image = gr.Image(samples[0] if samples else None, type="pil", label="Image", height=280)
-            model = gr.Dropdown(models, value=models[0] if models else None, label="Model", allow_custom_value=True)
+            model = gr.Dropdown(models, value=views.CLASSIFIER, label="Model", allow_custom_value=True)
             x = gr.Slider(0, 1, 0.5, label="Place from the left")
             y = gr.Slider(0, 1, 0.5, label="Place from the top")
             run = gr.Button("Classify", variant="primary")
@@ -90,8 +90,9 @@ def _tokens_tab(gr: Any) -> None:
 def _plan_tab(gr: Any) -> None:
     source = gr.Textbox(label="Plan: file, folder or hub repository", placeholder="empty: that of the embedded model")
     run = gr.Button("Show", variant="primary")
-    picture = gr.Image(label="Patterns: a row a layer, a column a head", format="png")
-    text = gr.Textbox(label="Report", lines=16, elem_id="report")
+    picture = gr.Image(show_label=False, format="png")
+    # Columns of the report need a font of equal widths.
+    text = gr.Code(label="A row a layer, a column a head", language=None)
     run.click(_told(gr, views.show_plan), source, [picture, text])
 
 

@@ -25,7 +25,9 @@ PATTERN_COLOURS = {
     "multi_diagonal": (52, 168, 96),
     "vertical_stripe": (226, 178, 26),
 }
+CLASSIFIER = "biformer_nano.zoo_clothing10"
 DETECTOR = "flatformer_nano"
+SIDE = 384
 CELL, GAP, HEADER = 14, 24, 18
 
 
@@ -72,6 +74,9 @@ def classify(image: Image.Image, model: str, x: float, y: float) -> tuple[dict[s
     prepared = classifier.load(image)
     best = next(classifier.predict([prepared], topk=5))
     picture, text = _attention(classifier, prepared, (x, y))
+    # Small models see small images.
+    factor = max(1, SIDE // picture.width)
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     return {item["label"]: item["probability"] for item in best}, picture, text
 
 
