@@ -24,6 +24,7 @@ COMMANDS = {
     "bench": ("zoo.cli.bench", "time the ops and models"),
     "vdit": ("zoo.cli.vdit", "search, apply or describe sparse attention plans of video diffusion models"),
     "vlm": ("zoo.cli.vlm", "time vision-language models with fewer visual tokens"),
+    "app": ("zoo.cli.app", "serve a web page to try the models"),
     "demo": ("zoo.cli.demo", "predict, train, export and reload a small model"),
 }
 

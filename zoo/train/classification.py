@@ -153,6 +153,9 @@ class ImageClassifier(LightningModule):
             # `compile` of the whole network would trace through the gathering of its parts.
             self.net._compiled_call_impl = None
             compile_blocks(self.net)
+        if self.trainer.strategy._layer_sync is not None:
+            # trainer.sync_batchnorm: Lightning's own conversion comes too late for a sharded model.
+            self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
         shard(self.net, mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:

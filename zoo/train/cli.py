@@ -1,6 +1,7 @@
 """``zoo fit|validate|test|predict``: Lightning's command line over this package's modules."""
 
 import sys
+import warnings
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,8 @@ def main(args: list[str] | None = None) -> None:
     command = args[0] if args and args[0] in _SUBCOMMANDS else "fit"
     # Errors of the parser are raised, not printed below the list of all options.
     quiet: dict[str, Any] = {"exit_on_error": False}
+    # Sharding and averaging do not meet: `configure_model` of the classifier refuses it.
+    warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that overrides")
     try:
         ZooCLI(
             LightningModule,

@@ -253,6 +253,8 @@ def random_batch(batch: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def measure_loss(plan: Plan, place: Place, way: str) -> tuple[nn.Module, list[float]]:
     """Train in float32 on batches that all worlds share; return the model and the mean loss of each step."""
+    # Parts of a batch may run by other algorithms than the whole: no rounding to TF32 on the way.
+    torch.backends.cudnn.allow_tf32 = False
     net = build(plan, place, way, compiled=False, sync_norm=True)
     optimizer = optimizer_of(net)
     losses = []

@@ -58,7 +58,8 @@ def compile_blocks(net: nn.Module) -> nn.Module:
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, len(blocks) + 8)
     for block in blocks:
-        block.compile()
+        # Stages differ in size, which must not turn sizes into variables.
+        block.compile(dynamic=False)
     return net
 
 
