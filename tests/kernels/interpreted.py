@@ -39,6 +39,7 @@ from zoo.kernels.sparse_conv import (
     sort_sites,
     triton_depthwise,
     triton_neighbours,
+    triton_pillars,
     triton_sites,
     triton_tiles,
 )
@@ -641,6 +642,22 @@ def test_sites(strided: tuple, capacity: int) -> None:
         expected = pillars_of(sites.keys, sites.coords, sites.grid, capacity)
         actual = triton_sites.find_pillars(sites.keys, sites.coords, sites.grid, capacity)
         assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize(("Z", "heads", "C"), [(8, 2, 16), (10, 4, 32), (3, 1, 8)])
+def test_pillars(Z: int, heads: int, C: int) -> None:
+    torch.manual_seed(0)
+    rows = torch.randperm(20 * Z).view(20, Z)
+    N = 9 * Z
+    rows[-2:] = N  # as padding has it
+    rows = rows.clamp(max=N)
+    q, kv, place = torch.randn(20, C), torch.randn(N, 2 * C), torch.randn(Z, C)
+    k, v = kv.chunk(2, 1)
+    assert torch.equal(triton_pillars.pillar_max(k, rows), conv3d_reference.pillar_max(k, rows))
+    expected = conv3d_reference.pillar_attention(q, k, v, place, rows, heads)
+    actual = triton_pillars.pillar_attention(q, k, v, place, rows, heads)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert (actual[-2:] == 0).all() and (expected[-2:] == 0).all()
 
 
 @pytest.mark.parametrize(("with_sum", "after"), [(False, False), (True, False), (True, True)])

@@ -32,7 +32,7 @@ from zoo.kernels.halo.reference import Geometry, query_size
 from zoo.kernels.rotated_iou import triton as rotated
 from zoo.kernels.scatter_linear import triton as scatter_linear
 from zoo.kernels.sparse_conv import triton as sparse_conv
-from zoo.kernels.sparse_conv import triton_depthwise, triton_neighbours, triton_sites, triton_tiles
+from zoo.kernels.sparse_conv import triton_depthwise, triton_neighbours, triton_pillars, triton_sites, triton_tiles
 from zoo.kernels.sparse_conv.reference import SiteGrid
 from zoo.kernels.tile_sparse import Diagonal, Layout, hopper, pattern_table
 from zoo.kernels.tile_sparse import triton as tile_sparse
@@ -317,6 +317,9 @@ def launch_sparse_depthwise() -> None:
     triton_sites.number_cells(coords, grid)
     triton_sites.coarser_sites(coords, (3, 3, 3), (2, 2, 2), (1, 1, 1), grid, 20480)
     triton_sites.find_pillars(keys, coords, grid, 8192)
+    rows, place = torch.empty(8192, 10, dtype=torch.int64), torch.empty(10, 128, dtype=torch.bfloat16)
+    triton_pillars.pillar_max(x, rows)
+    triton_pillars.pillar_attention(x[:8192], x, x, place, rows, 8)
 
 
 def launch_selection(name: str) -> None:

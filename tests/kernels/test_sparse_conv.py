@@ -13,6 +13,8 @@ from zoo.kernels.sparse_conv import (
     Sites,
     downsample,
     find_pillars,
+    pillar_attention,
+    pillar_max,
     same_neighbours,
     same_table,
     sort_sites,
@@ -359,6 +361,55 @@ def test_opcheck_depthwise_and_neighbours(device: str) -> None:
     torch.library.opcheck(torch.ops.zoo.sparse_neighbours, (sites.keys, sites.coords, *sizes))
     neighbours = same_table(sites, [(3, 3, 3)])
     torch.library.opcheck(torch.ops.zoo.sparse_tiles, (neighbours, [3, 3, 3]))
+
+
+def pillar_problem(dtype: torch.dtype, device: str = "cpu", Z: int = 5, C: int = 16) -> tuple[list[Tensor], Tensor]:
+    """q, k, v (slices of one projection) and place; rows of pillars, of which two are padding."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randperm(30 * Z, generator=generator).view(30, Z)
+    N = 12 * Z
+    rows = rows.clamp(max=N)
+    rows[-2:] = N
+    q, kv, place = (torch.randn(*shape, generator=generator) for shape in ((30, C), (N, 2 * C), (Z, C)))
+    return [x.to(device, dtype) for x in (q, *kv.chunk(2, 1), place)], rows.to(device)
+
+
+def test_pillar_attention_is_the_definition() -> None:
+    (q, k, v, place), rows = pillar_problem(torch.float64)
+    out, largest = pillar_attention(q, k, v, place, rows, 4), pillar_max(k, rows)
+    for p, own in enumerate(rows):
+        z = (own < len(k)).nonzero()[:, 0]
+        assert torch.equal(largest[p], torch.cat([k[own[z]], k.new_zeros(1, 16)]).max(0).values)
+        for c in (slice(0, 4), slice(12, 16)):
+            share = ((k[own[z], c] + place[z, c]) @ q[p, c] / 2).softmax(0)
+            torch.testing.assert_close(out[p, c], share @ v[own[z], c])
+    inputs = [x.requires_grad_() for x in (q, k, v, place)]
+    assert torch.autograd.gradcheck(lambda *x: pillar_attention(*x, rows, 4), inputs, fast_mode=True)
+    with pytest.raises(ValueError, match=r"place must be .* \[5, C\]"):
+        pillar_attention(q, k, v, place[:4], rows, 4)
+    with pytest.raises(NotImplementedError, match="needs CUDA tensors"):
+        pillar_max(k, rows, backend="triton")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_opcheck_pillars(device: str) -> None:
+    (q, k, v, place), rows = pillar_problem(torch.float32, device)
+    torch.library.opcheck(torch.ops.zoo.sparse_pillar_max, (k, rows))
+    torch.library.opcheck(torch.ops.zoo.sparse_pillar_attention, (q, k, v, place, rows, 4))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("Z", "C", "heads"), [(8, 128, 8), (10, 128, 8), (5, 16, 1)])
+@torch.no_grad()
+def test_pillar_kernels_are_as_exact_as_torch(Z: int, C: int, heads: int, dtype: torch.dtype) -> None:
+    inputs, rows = pillar_problem(dtype, "cuda", Z, C)
+    exact = pillar_attention(*(x.double() for x in inputs), rows, heads, backend="reference")
+    plain, actual = (pillar_attention(*inputs, rows, heads, backend=name) for name in ("reference", "triton"))
+    error, allowed = ((x.double() - exact).abs().max() for x in (actual, plain))
+    assert error <= 2 * allowed + 1e-5 * exact.abs().max()
+    a, b = (pillar_max(inputs[1], rows, backend=name) for name in ("triton", "reference"))
+    assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])

@@ -25,6 +25,8 @@ from zoo.kernels.sparse_conv import (
     Sites,
     downsample,
     find_pillars,
+    pillar_attention,
+    pillar_max,
     same_neighbours,
     same_table,
     sort_sites,
@@ -251,11 +253,6 @@ class ScatterFormerLayers(nn.Module):
         return x
 
 
-def _of_cells(rows: Tensor, pillars: Pillars) -> Tensor:
-    """Rows of sites [N, C] in the cells of their pillars [P, Z, C], zeros between."""
-    return F.pad(rows, (0, 0, 0, 1))[pillars.rows]
-
-
 class AttentivePillarPooling(nn.Module):
     """One token for each pillar: its maximum attends to its voxels, whose keys know their height.
 
@@ -277,25 +274,17 @@ class AttentivePillarPooling(nn.Module):
 
     def query(self, x: Tensor, pillars: Pillars) -> Tensor:
         """Maximum of each pillar's voxels and 0 [P, C]."""
-        return F.relu(_of_cells(x, pillars).max(1).values)
+        return pillar_max(x, pillars.rows)
 
     def forward(self, x: Tensor, pillars: Pillars) -> Tensor:
         """Rows of sites [N, C] -> [P, C]; rows of padding are arbitrary but finite where x is."""
-        attention, query = self.self_attn, self.query(x, pillars)
-        heads = (attention.num_heads, attention.head_dim)
-        weights = attention.in_proj_weight.chunk(3)
-        biases = attention.in_proj_bias.chunk(3)
-        q, k, v = (F.linear(rows, w, b) for rows, w, b in zip((query, x, x), weights, biases, strict=True))
-        # Voxels and heights are projected apart and added after: few of a pillar's cells hold a voxel.
-        k = _of_cells(k, pillars) + F.linear(self.pos_embedding.weight, weights[1])  # [P, Z, C]
-        # One query a pillar is too little for a matrix product.
-        logits = (q[:, None] * k).unflatten(-1, heads).sum(-1) * attention.head_dim**-0.5  # [P, Z, M]
-        empty = pillars.rows == len(x)
-        # A row of padding has no voxel, and a softmax over nothing is NaN.
-        empty = empty & ~empty.all(1, keepdim=True)
-        shares = logits.float().masked_fill(empty[..., None], float("-inf")).softmax(1).to(v.dtype)
-        out = (shares[..., None] * _of_cells(v, pillars).unflatten(-1, heads)).sum(1)  # [P, M, D]
-        return self.norm(attention.out_proj(out.flatten(1)) + query)
+        attention, query, C = self.self_attn, self.query(x, pillars), x.shape[1]
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
+        q = F.linear(query, weight[:C], bias[:C])
+        k, v = F.linear(x, weight[C:], bias[C:]).chunk(2, 1)
+        place = F.linear(self.pos_embedding.weight, weight[C : 2 * C])  # [Z, C]
+        out = pillar_attention(q, k, v, place, pillars.rows, attention.num_heads)
+        return self.norm(attention.out_proj(out) + query)
 
 
 class ScatterFormer(nn.Module):

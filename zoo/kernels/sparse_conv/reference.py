@@ -148,3 +148,28 @@ def sparse_depthwise_weight_gradient(grad: Tensor, x: Tensor, table: Tensor, tap
         channels = slice(g * D, (g + 1) * D)
         out += [(grad[:, channels] * padded[rows, channels]).sum(0) for rows in tables.unbind(0)]
     return torch.stack(out)
+
+
+def pillar_max(x: Tensor, rows: Tensor) -> Tensor:
+    """Maximum of each pillar's sites and 0, [P, C]; see `pillars.pillar_max`."""
+    return _of_cells(x, rows).max(1).values.relu()
+
+
+def _of_cells(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of sites [N, C] in the cells of their pillars [P, Z, C], zeros between."""
+    return _with_zero(x)[rows]
+
+
+def pillar_attention(q: Tensor, k: Tensor, v: Tensor, place: Tensor, rows: Tensor, heads: int) -> Tensor:
+    """Attention of one query a pillar to its sites, [P, C]; see `pillars.pillar_attention`."""
+    size = heads, q.shape[1] // heads
+    # Sites and heights are added after both were projected: few of a pillar's cells hold a site.
+    keys = _of_cells(k, rows) + place  # [P, Z, C]
+    # One query a pillar is too little for a matrix product.
+    logits = (q[:, None] * keys).unflatten(-1, size).sum(-1) * size[1] ** -0.5  # [P, Z, M]
+    empty = rows == len(k)
+    # A row of padding has no site, and a softmax over nothing is NaN.
+    empty = empty & ~empty.all(1, keepdim=True)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    shares = logits.masked_fill(empty[..., None], float("-inf")).softmax(1).to(v.dtype)
+    return (shares[..., None] * _of_cells(v, rows).unflatten(-1, size)).sum(1).flatten(1)
