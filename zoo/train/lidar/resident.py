@@ -235,6 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=Recipe.batch_size)
     parser.add_argument("--lr", type=float, default=Recipe.lr)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="folder of a model to go on from (default: random weights)")
     parser.add_argument("--fp32", action="store_true", help="no bfloat16")
     args = parser.parse_args(argv)
     # A time limit ends processes by this signal.
@@ -242,7 +243,8 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    net = create_model(args.model).to(device).train()
+    net = create_model(args.model) if args.start is None else create_model(f"local-dir:{args.start}", pretrained=True)
+    net = net.to(device).train()
     recipe = Recipe(batch_size=args.batch_size, lr=args.lr)
     extent = max(abs(net.point_range[i]) for i in (0, 1, 3, 4))
     start = time.monotonic()
