@@ -155,9 +155,12 @@ class Losses:
         return sum(f[0] for f in found) / calls[:, None, None]
 
     def relative(self, steps: Sequence[int], run: int | None = None) -> Tensor:
-        """Mean over runs and some steps of the error relative to the energy of the dense output, `[L, M, C]`."""
+        """Mean over runs and some steps of the error relative to the mean energy of the layer's heads, `[L, M, C]`.
+
+        Not to the head's own energy: heads of small outputs matter less to the layer that projects them.
+        """
         found = [r[s] for r in (self.runs if run is None else [self.runs[run]]) for s in steps if s in r]
-        return sum(f[0] / f[1].clamp_min(1e-30)[..., None] for f in found) / len(found)
+        return sum(f[0] / f[1].mean(1).clamp_min(1e-30)[:, None, None] for f in found) / len(found)
 
     def save(self, path: Path) -> None:
         """Write the state of the search; the file appears complete or not at all."""

@@ -66,9 +66,9 @@ def search(
 
     Two methods decide:
 
-    - `budget`: the error of a candidate is its squared distance from the dense output relative to the latter's energy.
-      The sum over heads, layers and steps is minimised at a given mean density, or at a given share of the dense
-      attention time. The model runs on dense outputs.
+    - `budget`: the error of a candidate is its squared distance from the head's dense output relative to the mean
+      energy of the layer's heads. The sum over heads, layers and steps is minimised at a given mean density, or at a
+      given share of the dense attention time. The model runs on dense outputs.
     - `paper`: algorithm 1 of the paper with the sign of its equation 2. Each head takes the candidate of least
       `MSE + lam * (1 - S)`, or stays full where all exceed `eps`; the chosen outputs go on into later layers and steps.
       The MSE is not normalised, so `lam` and `eps` must suit the model's activations: the defaults are the paper's, for

@@ -241,7 +241,7 @@ def key_tiles(group_size: int) -> tuple[int, int]:
 # logits of a tile fit. PREFETCH is the forward kernel's.
 TUNING = {
     "forward": {
-        "narrow": dict(BLOCK_M=16, TILES=3, PREFETCH=False, num_warps=1, num_stages=1),
+        "narrow": dict(BLOCK_M=64, TILES=3, PREFETCH=True, num_warps=4, num_stages=1),
         "wide": dict(BLOCK_M=32, TILES=2, PREFETCH=False, num_warps=8, num_stages=1),
         "float32": dict(BLOCK_M=16, TILES=3, PREFETCH=False, num_warps=8, num_stages=1),
     },
