@@ -92,6 +92,7 @@ def test_search_on_the_gpu() -> None:
     settings = dict(bins=3, dense_steps=0, tile=TILE, progress=False, backend="triton")
     plan = sparse_vdit.search(gpu.model, calls, density=0.5, **settings)
     assert plan.search["device"] == torch.cuda.get_device_name()
-    timed = sparse_vdit.search(gpu.model, calls, time=2.0 / 3, **settings)
+    # At this size every pattern takes the time of a launch: no share below 1 is sure to be met.
+    timed = sparse_vdit.search(gpu.model, calls, time=1.0, **settings)
     assert len(timed.search["costs"]) == len(sparse_vdit.CANDIDATES)
     assert plan.report().measure("cuda", torch.float32, "triton").measured["dense_ms"] > 0
