@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_kernels_under_the_interpreter() -> None:
-    script = Path(__file__).with_name("interpreted.py")
+
+@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_points.py"])
+def test_kernels_under_the_interpreter(name: str) -> None:
+    script = Path(__file__).with_name(name)
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(script)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
