@@ -2,6 +2,7 @@
 
 from zoo.bench.ops.agent import AgentAttention
 from zoo.bench.ops.base import Inputs, Op, Provider, element_size, input_bytes, upcast
+from zoo.bench.ops.bias_relu import BiasReLU
 from zoo.bench.ops.bilevel_routing import BilevelAttention, BilevelRouting
 from zoo.bench.ops.depthwise_conv import DepthwiseConv
 from zoo.bench.ops.factorized import CrossWindowPool, FactorizedAttention
@@ -17,6 +18,7 @@ __all__ = ["OPS", "Inputs", "Op", "Provider", "element_size", "input_bytes", "up
 
 OPS: dict[str, Op] = {
     "agent_attention": AgentAttention(),
+    "bias_relu": BiasReLU(),
     "bilevel_attention": BilevelAttention(),
     "bilevel_routing": BilevelRouting(),
     "cross_window_pool": CrossWindowPool(),
