@@ -234,7 +234,8 @@ def tile_sparse_attention(
             compiled code, the latter.
         layout: The sequence and its tiles.
         text_length: Integer [B] on q's device: valid text keys a sample, the first of the T; all by default, and at
-            most. Padded text keys are seen by no query, padded text queries are computed as the others.
+            most. Padded text keys are seen by no query, padded text queries are computed as the others. Keys and values
+            of padded text must be finite: a kernel may multiply them by zero.
         scale: Factor on q . k; D**-0.5 by default.
         qk_dtype: torch.float8_e4m3fn multiplies queries and keys in FP8 (`zoo.kernels.tile_sparse.fp8`), for inference
             on GPUs that have it. The reference rounds alike.
