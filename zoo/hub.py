@@ -574,10 +574,4 @@ def render_card(
         classes=model.num_classes,
         address=card.get("address", "local-dir:FOLDER"),
     )
-    parts = [f"---\n{front.to_yaml()}\n---", body.strip()]
-    if metrics or card.get("results"):
-        rows = [f"| {key} | {value:g} |" for key, value in metrics.items()]
-        table = "\n".join(["| metric | value |", "| --- | --- |", *rows]) if rows else ""
-        parts.append("\n\n".join(filter(None, ["## Results", card.get("results"), table])))
-    parts += [f"## {key.capitalize()}\n\n{card[key]}" for key in ("details", "citation") if card.get(key)]
-    return "\n\n".join(parts) + "\n"
+    return registry.join_card(front, body, card, metrics)

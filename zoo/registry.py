@@ -184,6 +184,18 @@ def _render_card(model: nn.Module, card: dict[str, Any], metrics: dict[str, floa
         address=card.get("address", "local-dir:FOLDER"),
         width=len(model.point_features),
     )
+    return join_card(front, body, card, metrics)
+
+
+def join_card(front: Any, body: str, card: dict[str, Any], metrics: dict[str, float]) -> str:
+    """Text of a model card: front matter, body, results, and what else the fields hold.
+
+    Args:
+        front: `huggingface_hub.ModelCardData`.
+        body: Title, model and use.
+        card: Fields as of `zoo.hub.render_card`.
+        metrics: Measured results by name.
+    """
     parts = [f"---\n{front.to_yaml()}\n---", body.strip()]
     if metrics or card.get("results"):
         rows = [f"| {key} | {value:g} |" for key, value in metrics.items()]

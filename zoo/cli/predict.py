@@ -4,7 +4,7 @@ import argparse
 import glob
 import json
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 
@@ -48,7 +48,6 @@ def run(args: argparse.Namespace) -> int:
         return predict_dense.run(paths, failures, args)
     # Without an image the model need not be fetched.
     classifier = Classifier(args.model, args.device) if paths else None
-    console = Console()
     results = []
     batches = [paths[i : i + args.batch_size] for i in range(0, len(paths), args.batch_size)]
     progress = Console(stderr=True)
@@ -63,14 +62,39 @@ def run(args: argparse.Namespace) -> int:
                 failures.append(f"'{path}' cannot be read as an image: {' '.join(str(error).split())}")
         if images:
             results += zip(good, classifier.predict(images, args.topk), strict=True)
+    records = [{"image": str(path), "model": args.model, "predictions": found} for path, found in results]
+    return report(records, failures, args.json, lambda: _table(results))
+
+
+def report(records: list[dict], failures: list[str], as_json: bool, table: Callable) -> int:
+    """Print failures, then results: a line of JSON each, or a table. Returns the exit status."""
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
-    if args.json:
-        for path, predictions in results:
-            print(json.dumps({"image": str(path), "model": args.model, "predictions": predictions}))
-    elif results:
-        console.print(_table(results))
+    if as_json:
+        for record in records:
+            print(json.dumps(record))
+    elif records:
+        from rich.console import Console
+
+        Console().print(table())
     return 1 if failures else 0
+
+
+def read_image(path: Path, mode: str = "RGB"):
+    """Read an image, upright, as a PIL image.
+
+    Raises:
+        ValueError: It is too large to be one of good faith.
+        OSError, SyntaxError: It cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            # Cameras store the orientation beside the pixels.
+            return ImageOps.exif_transpose(image).convert(mode)
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
 
 
 def _are_point_clouds(patterns: list[str]) -> bool:
@@ -139,16 +163,10 @@ class Classifier:
 
     def load(self, source):
         """Read an image file, or take a PIL image, and return it ready for the model, [C, H, W]."""
-        from PIL import Image, ImageOps
+        from PIL import Image
 
-        if isinstance(source, Image.Image):
-            return self.transform(source.convert(self.mode))
-        try:
-            with Image.open(source) as image:
-                # Cameras store the orientation beside the pixels.
-                return self.transform(ImageOps.exif_transpose(image).convert(self.mode))
-        except Image.DecompressionBombError as error:
-            raise ValueError(str(error)) from error
+        given = isinstance(source, Image.Image)
+        return self.transform(source.convert(self.mode) if given else read_image(source, self.mode))
 
     def predict(self, images: list, topk: int = 5) -> Iterator[list[dict]]:
         """Yield the best classes of each image, best first."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 TASKS = ("segment", "detect")
@@ -18,11 +17,15 @@ def run(paths: list[Path], failures: list[str], args: argparse.Namespace) -> int
         failures: Messages about arguments that named nothing; printed with those about files.
         args: Of the command.
     """
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    from zoo.cli.predict import read_image, report
+
     predictor = Predictor(args.model, args.task, args.device) if paths else None
     results = []
     for path in paths:
         try:
-            pixels = load(path)
+            pixels = pil_to_tensor(read_image(path))
         except (OSError, ValueError, SyntaxError) as error:
             failures.append(f"'{path}' cannot be read as an image: {' '.join(str(error).split())}")
             continue
@@ -31,29 +34,7 @@ def run(paths: list[Path], failures: list[str], args: argparse.Namespace) -> int
         record["picture"] = str(args.out / f"{path.name}.{args.task}.png")
         _write(record, picture)
         results.append(record)
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    if args.json:
-        for record in results:
-            print(json.dumps(record))
-    elif results:
-        from rich.console import Console
-
-        Console().print(_table(results, args.task))
-    return 1 if failures else 0
-
-
-def load(path: Path):
-    """Read an image, upright, as `[3, H, W]` uint8."""
-    from PIL import Image, ImageOps
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    try:
-        with Image.open(path) as image:
-            # Cameras store the orientation beside the pixels.
-            return pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from error
+    return report(results, failures, args.json, lambda: _table(results, args.task))
 
 
 class Predictor:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 # File kinds of `zoo.train.lidar.formats`, here without its imports.
@@ -19,6 +18,7 @@ def run(paths: list[Path], failures: list[str], args: argparse.Namespace) -> int
         failures: Messages about arguments that named nothing; printed with those about files.
         args: Of the command.
     """
+    from zoo.cli.predict import report
     from zoo.train.lidar.formats import read_points
 
     detector = Detector(args.model, args.device) if paths else None
@@ -33,16 +33,7 @@ def run(paths: list[Path], failures: list[str], args: argparse.Namespace) -> int
         record["picture"] = str(args.out / f"{path.name}.png")
         _write(record, cloud, detector.classes)
         results.append(record)
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    if args.json:
-        for record in results:
-            print(json.dumps(record))
-    elif results:
-        from rich.console import Console
-
-        Console().print(_table(results, detector.classes))
-    return 1 if failures else 0
+    return report(results, failures, args.json, lambda: _table(results, detector.classes))
 
 
 class Detector:

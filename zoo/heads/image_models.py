@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import resize
 
 from zoo.heads.image_detection import create_image_detector
 from zoo.heads.segmentation import create_segmenter
-from zoo.registry import register
+from zoo.registry import join_card, register
 
 SEGMENTATION, DETECTION = "image-segmentation", "object-detection"
 _MEAN, _STD = (0.286,) * 3, (0.353,) * 3
@@ -56,19 +56,42 @@ class ImageModel(nn.Module):
         backbone: Name of an image model.
         classes: Names of the classes, in the order of the labels.
         image_size: Shorter side that images are resized to, pixels.
+        head: Kind of head, see the subclass.
         mean, std: Of each channel, for pixels in [0, 1].
-        pretrained_backbone: Whether the backbone starts from pretrained weights; not part of the configuration.
+        backbone_kwargs, head_kwargs: Further arguments of the backbone and of the head.
+        pretrained_backbone: Start the backbone from pretrained weights; not kept in the configuration.
     """
 
     task: str
     command: str
 
-    def __init__(self, architecture: str, classes: Sequence[str], image_size: int) -> None:
+    def __init__(
+        self,
+        architecture: str,
+        backbone: str,
+        classes: Sequence[str],
+        image_size: int,
+        *,
+        head: str,
+        mean: Sequence[float] = _MEAN,
+        std: Sequence[float] = _STD,
+        backbone_kwargs: dict[str, Any] | None = None,
+        head_kwargs: dict[str, Any] | None = None,
+        pretrained_backbone: bool = False,
+    ) -> None:
         super().__init__()
+        self.config = _config(locals())
         self.architecture, self.classes, self.image_size = architecture, tuple(classes), image_size
+        self.mean, self.std = tuple(mean), tuple(std)
         if len(set(self.classes)) != len(self.classes) or not self.classes:
             raise ValueError(f"classes must be different names, at least one, got {list(classes)}.")
-        self.config: dict[str, Any] = {}
+        self.net = self.build(backbone, head, pretrained_backbone, backbone_kwargs, head_kwargs or {})
+
+    def build(
+        self, backbone: str, head: str, pretrained: bool, backbone_kwargs: dict[str, Any] | None, head_kwargs: dict
+    ) -> nn.Module:
+        """The network."""
+        raise NotImplementedError
 
     @property
     def num_classes(self) -> int:
@@ -114,52 +137,21 @@ class ImageModel(nn.Module):
             address=card.get("address", "local-dir:FOLDER"),
             command=self.command,
         )
-        parts = [f"---\n{front.to_yaml()}\n---", body.strip()]
-        if metrics or card.get("results"):
-            rows = [f"| {key} | {value:g} |" for key, value in metrics.items()]
-            table = "\n".join(["| metric | value |", "| --- | --- |", *rows]) if rows else ""
-            parts.append("\n\n".join(filter(None, ["## Results", card.get("results"), table])))
-        parts += [f"## {key.capitalize()}\n\n{card[key]}" for key in ("details", "citation") if card.get(key)]
-        return "\n\n".join(parts) + "\n"
+        return join_card(front, body, card, metrics)
 
 
 class ImageSegmenter(ImageModel):
-    """A segmenter of `create_segmenter` with its preprocessing and class names.
-
-    Args:
-        architecture: Registered name.
-        backbone: Name of an image model.
-        classes: Names of the classes, in the order of the labels.
-        image_size: Shorter side that images are resized to, pixels.
-        head: "semantic_fpn" or "upernet".
-        mean, std: Of each channel, for pixels in [0, 1].
-        backbone_kwargs, head_kwargs: Further arguments of the backbone and of the head.
-        pretrained_backbone: Start the backbone from pretrained weights; not kept in the configuration.
-    """
+    """A segmenter of `create_segmenter` with preprocessing and class names; `head` is "semantic_fpn" or "upernet"."""
 
     task, command = SEGMENTATION, "segment"
 
-    def __init__(
-        self,
-        architecture: str,
-        backbone: str,
-        classes: Sequence[str],
-        image_size: int,
-        *,
-        head: str = "semantic_fpn",
-        mean: Sequence[float] = _MEAN,
-        std: Sequence[float] = _STD,
-        backbone_kwargs: dict[str, Any] | None = None,
-        head_kwargs: dict[str, Any] | None = None,
-        pretrained_backbone: bool = False,
-    ) -> None:
-        super().__init__(architecture, classes, image_size)
-        self.config = _config(locals())
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.net = create_segmenter(
-            backbone, head, len(self.classes), pretrained_backbone,
-            backbone_kwargs=backbone_kwargs, head_kwargs=head_kwargs,
-        )  # fmt: skip
+    def build(
+        self, backbone: str, head: str, pretrained: bool, backbone_kwargs: dict[str, Any] | None, head_kwargs: dict
+    ) -> nn.Module:
+        """The network."""
+        return create_segmenter(
+            backbone, head, self.num_classes, pretrained, backbone_kwargs=backbone_kwargs, head_kwargs=head_kwargs
+        )
 
     def dense(self, images: Tensor) -> Tensor:
         """Normalised images `[B, 3, H, W]` to logits `[B, num_classes, H, W]`."""
@@ -187,41 +179,20 @@ class ImageSegmenter(ImageModel):
 
 
 class ImageObjectDetector(ImageModel):
-    """A detector of `create_image_detector` with its class names.
+    """A detector of `create_image_detector` with its class names; `head` is "retinanet" or "mask_rcnn".
 
-    Args:
-        architecture: Registered name.
-        backbone: Name of an image model.
-        classes: Names of the classes, in the order of the labels.
-        image_size: Shorter side that images are resized to, pixels; the longer one is at most twice as long.
-        head: "retinanet" or "mask_rcnn".
-        mean, std: Of each channel, for pixels in [0, 1].
-        backbone_kwargs, head_kwargs: Further arguments of the backbone and of `ImageDetector`.
-        pretrained_backbone: Start the backbone from pretrained weights; not kept in the configuration.
+    The longer side of an image is resized to at most twice `image_size`; `head_kwargs` are those of `ImageDetector`.
     """
 
     task, command = DETECTION, "detect"
 
-    def __init__(
-        self,
-        architecture: str,
-        backbone: str,
-        classes: Sequence[str],
-        image_size: int,
-        *,
-        head: str = "retinanet",
-        mean: Sequence[float] = _MEAN,
-        std: Sequence[float] = _STD,
-        backbone_kwargs: dict[str, Any] | None = None,
-        head_kwargs: dict[str, Any] | None = None,
-        pretrained_backbone: bool = False,
-    ) -> None:
-        super().__init__(architecture, classes, image_size)
-        self.config = _config(locals())
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.net = create_image_detector(
-            backbone, head, len(self.classes), pretrained_backbone, backbone_kwargs=backbone_kwargs,
-            min_size=image_size, max_size=2 * image_size, mean=mean, std=std, **(head_kwargs or {}),
+    def build(
+        self, backbone: str, head: str, pretrained: bool, backbone_kwargs: dict[str, Any] | None, head_kwargs: dict
+    ) -> nn.Module:
+        """The network."""
+        return create_image_detector(
+            backbone, head, self.num_classes, pretrained, backbone_kwargs=backbone_kwargs, min_size=self.image_size,
+            max_size=2 * self.image_size, mean=self.mean, std=self.std, **head_kwargs,
         )  # fmt: skip
 
     def dense(self, images: Tensor) -> dict[str, Tensor]:
@@ -260,7 +231,7 @@ def semantic_fpn_biformer_nano() -> dict[str, Any]:
     """Semantic FPN of 56 channels on BiFormer-nano; ten kinds of clothes and the background."""
     return dict(
         backbone="biformer_nano.zoo_fashion_mnist", classes=("background", *_CLASSES), image_size=160,
-        head_kwargs=dict(pyramid_channels=56, channels=56),
+        head="semantic_fpn", head_kwargs=dict(pyramid_channels=56, channels=56),
     )  # fmt: skip
 
 
@@ -270,5 +241,5 @@ def retinanet_biformer_nano() -> dict[str, Any]:
     """RetinaNet of 56 channels and three levels on BiFormer-nano; ten kinds of clothes."""
     return dict(
         backbone="biformer_nano.zoo_fashion_mnist", classes=_CLASSES, image_size=160,
-        head_kwargs=dict(channels=56, extra_levels=False, norm_groups=8),
+        head="retinanet", head_kwargs=dict(channels=56, extra_levels=False, norm_groups=8),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from zoo.factory import create_model
-from zoo.heads.detections import Detections, Targets
+from zoo.heads.detections import Targets
 from zoo.train.lidar.metrics import BoxAveragePrecision
 from zoo.train.lidar.nuscenes_metrics import NuScenesDetectionScore
 from zoo.train.seeding import mix_seed, run_seed, seed_global
@@ -20,7 +20,59 @@ from zoo.train.seeding import mix_seed, run_seed, seed_global
 Batch = tuple[list[Tensor], list[Targets]]
 
 
-class PointCloudDetector(LightningModule):
+class DetectionModule(LightningModule):
+    """Steps of detectors in images and point clouds.
+
+    A subclass sets `net`, which takes inputs and gives what it finds and whose `loss` takes inputs and targets, and
+    says how results of a stage are taken in (`_evaluate`) and logged (`_log_metrics`).
+    """
+
+    net: torch.nn.Module
+
+    def forward(self, inputs: list[Tensor]) -> list[Any]:
+        """What is found in each input."""
+        return self.net(inputs)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make the random draws of a step a function of its place in the run, whatever happened before."""
+        seed_global(mix_seed(run_seed(), self.trainer.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(self, batch: tuple[list[Tensor], list[Any]], batch_idx: int) -> Tensor:
+        """Loss of a batch."""
+        losses = self.net.loss(*batch)
+        self.log("train/loss", losses["loss"], prog_bar=True, batch_size=len(batch[0]))
+        parts = {f"train/{name}": value for name, value in losses.items() if name != "loss"}
+        self.log_dict(parts, batch_size=len(batch[0]))
+        return losses["loss"]
+
+    def _evaluate(self, batch: tuple[list[Tensor], list[Any]], stage: str) -> None:
+        raise NotImplementedError
+
+    def _log_metrics(self, stage: str) -> None:
+        raise NotImplementedError
+
+    def validation_step(self, batch: tuple[list[Tensor], list[Any]], batch_idx: int) -> None:
+        """Detections of a validation batch."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[list[Tensor], list[Any]], batch_idx: int) -> None:
+        """Detections of a test batch."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: tuple[list[Tensor], list[Any]], batch_idx: int) -> list[Any]:
+        """Detections of a batch."""
+        return self.net(batch[0])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the validation set."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the test set."""
+        self._log_metrics("test")
+
+
+class PointCloudDetector(DetectionModule):
     """Trains a detector of `zoo.create_model` on point clouds.
 
     The learning rate follows one cycle by cosines: from `lr / div_factor` to `lr` within the first `pct_start` of the
@@ -82,53 +134,17 @@ class PointCloudDetector(LightningModule):
         thresholds = hparams.iou_thresholds or [0.7] + [0.5] * (len(classes) - 1)
         return {view: BoxAveragePrecision(classes, thresholds, view, hparams.iou_points) for view in ("bev", "3d")}
 
-    def forward(self, points: list[Tensor]) -> list[Detections]:
-        """Boxes found in each point cloud."""
-        return self.net(points)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make the random draws of a step a function of its place in the run, whatever happened before."""
-        seed_global(mix_seed(run_seed(), self.trainer.current_epoch, batch_idx, self.global_rank))
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch."""
-        losses = self.net.loss(*batch)
-        self.log("train/loss", losses["loss"], prog_bar=True, batch_size=len(batch[0]))
-        parts = {f"train/{name}": value for name, value in losses.items() if name != "loss"}
-        self.log_dict(parts, batch_size=len(batch[0]))
-        return losses["loss"]
-
     def _evaluate(self, batch: Batch, stage: str) -> None:
         points, targets = batch
         found = self.net(points)
         for metric in self.metrics[stage].values():
             metric.update(found, targets)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Detections of validation frames."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Detections of test frames."""
-        self._evaluate(batch, "test")
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Detections]:
-        """Detections of a batch."""
-        return self.net(batch[0])
-
     def _log_metrics(self, stage: str) -> None:
         for view, metric in self.metrics[stage].items():
             values = {f"{stage}/{view}/{name}": value.float() for name, value in metric.compute().items()}
             self.log_dict(values, sync_dist=True)
             metric.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the validation frames."""
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics of the test frames."""
-        self._log_metrics("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the measured results, which an exported model carries."""

@@ -10,20 +10,18 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
 from zoo.heads.image_detection import create_image_detector
-from zoo.train.detection import parameter_groups
+from zoo.train.detection import DetectionModule, parameter_groups
 from zoo.train.image_metrics import RECALLS, THRESHOLDS
-from zoo.train.seeding import mix_seed, run_seed, seed_global
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 _LOGGED = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 
 
-class ObjectDetector(LightningModule):
+class ObjectDetector(DetectionModule):
     """Trains a detector of `zoo.heads.image_detection.create_image_detector` with AdamW.
 
     Validation and test log COCO's average precision, `val/map`, `val/map_50` and so on, of boxes and, of Mask R-CNN,
@@ -76,22 +74,6 @@ class ObjectDetector(LightningModule):
         self.kinds = kinds
         self.metrics = torch.nn.ModuleDict()
 
-    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Objects found in each image `[3, H, W]` in [0, 1]."""
-        return self.net(images)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make the random draws of a step a function of its place in the run, whatever happened before."""
-        seed_global(mix_seed(run_seed(), self.trainer.current_epoch, batch_idx, self.global_rank))
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch."""
-        losses = self.net.loss(*batch)
-        self.log("train/loss", losses["loss"], prog_bar=True, batch_size=len(batch[0]))
-        parts = {f"train/{name}": value for name, value in losses.items() if name != "loss"}
-        self.log_dict(parts, batch_size=len(batch[0]))
-        return losses["loss"]
-
     def _metric(self, stage: str) -> Metric:
         """The metric of a stage, made at the first use: training alone needs no pycocotools."""
         if stage not in self.metrics:
@@ -106,17 +88,8 @@ class ObjectDetector(LightningModule):
         """Look for the metric before time is spent."""
         self._metric("test").reset()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Detections of validation images."""
-        self._metric("val").update(self.net(batch[0]), batch[1])
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Detections of test images."""
-        self._metric("test").update(self.net(batch[0]), batch[1])
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Tensor]]:
-        """Detections of a batch."""
-        return self.net(batch[0])
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        self._metric(stage).update(self.net(batch[0]), batch[1])
 
     def _log_metrics(self, stage: str) -> None:
         metric = self._metric(stage)
@@ -127,14 +100,6 @@ class ObjectDetector(LightningModule):
             for name in _LOGGED:
                 self.log(f"{stage}/{prefix}{name}", results[source + name].float(), prog_bar=name == "map")
         metric.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the validation images."""
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics of the test images."""
-        self._log_metrics("test")
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with warm-up and steps at the milestones, counted in updates."""

@@ -20,8 +20,8 @@ from torchvision.datasets import VOCDetection
 from torchvision.transforms import v2
 
 from zoo.train.data.base import ImageDataModule
-from zoo.train.data.composites import CLASSES, CompositeSource
-from zoo.train.data.segmentation import photometric_distortion
+from zoo.train.data.composites import CLASSES, Composites, composite_splits
+from zoo.train.data.segmentation import open_voc, photometric_distortion
 from zoo.train.seeding import ResumableLoader, SeededSampler, local_seed, run_seed
 
 VOC_CLASSES = (
@@ -311,33 +311,14 @@ class VocDetectionData(DetectionDataModule):
         return {"train": train, "val": val, "test": val}
 
     def _read(self, image_set: str) -> VocObjects:
-        root, year = self.hparams.root, self.hparams.year
-        try:
-            return VocObjects(VOCDetection(root, year=year, image_set=image_set))
-        except (RuntimeError, FileNotFoundError) as error:
-            raise FileNotFoundError(
-                f"no Pascal VOC {year} '{image_set}' in {root}: expected {root}/VOCdevkit/VOC{year} with JPEGImages, "
-                f"Annotations and ImageSets/Main/{image_set}.txt"
-            ) from error
+        hparams = self.hparams
+        return VocObjects(open_voc(VOCDetection, hparams.root, hparams.year, image_set, ("Annotations", "Main")))
 
 
-class CompositeObjects(Sequence):
-    """A number of composite scenes with boxes and masks."""
-
-    def __init__(self, source: CompositeSource, count: int) -> None:
-        self.source, self.count = source, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        scenes = self.source(torch.tensor([index]))
-        (target,) = scenes.targets()
-        image = v2.functional.to_pil_image((scenes.pixels[0] * 255).round().byte())
-        labels = target["labels"]
-        return image, dict(target, masks=target["masks"].byte(), iscrowd=torch.zeros_like(labels))
+def objects_of(scenes: Composites) -> Target:
+    """The objects of a scene."""
+    (target,) = scenes.targets()
+    return dict(target, masks=target["masks"].byte(), iscrowd=torch.zeros_like(target["labels"]))
 
 
 class CompositeDetectionData(DetectionDataModule):
@@ -370,11 +351,5 @@ class CompositeDetectionData(DetectionDataModule):
 
     def load_splits(self) -> dict[str, Sequence]:
         """Read the garments and the photographs."""
-        hparams = self.hparams
         self.class_names = list(CLASSES)
-        counts = dict(train=hparams.scenes, val=hparams.val_scenes, test=hparams.val_scenes)
-        options = dict(image_size=hparams.image_size, seed=hparams.seed, backgrounds=hparams.backgrounds)
-        return {
-            split: CompositeObjects(CompositeSource(hparams.root, split, **options), count)
-            for split, count in counts.items()
-        }
+        return composite_splits(self.hparams, self.hparams.image_size, objects_of)

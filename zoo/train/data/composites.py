@@ -11,14 +11,16 @@ from __future__ import annotations
 import functools
 import math
 import tarfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from zoo.heads.tiny_vlm import CLASSES
 from zoo.train.scenes import Draws, GarmentPool, garment_pool
@@ -130,6 +132,32 @@ class CompositeSource:
     def __call__(self, index: Tensor) -> Composites:
         """Scenes of numbers `[B]` int64, on the device of the source."""
         return compose(self.garments, self.photos, self.seed, index, self.image_size)
+
+
+class CompositeScenes(Sequence):
+    """A number of scenes as pairs of a PIL image and what `target` makes of the scene, a batch of one."""
+
+    def __init__(self, source: CompositeSource, count: int, target: Callable[[Composites], Any]) -> None:
+        self.source, self.count, self.target = source, count, target
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        scenes = self.source(torch.tensor([index]))
+        return to_pil_image((scenes.pixels[0] * 255).round().byte()), self.target(scenes)
+
+
+def composite_splits(hparams: Any, image_size: int, target: Callable[[Composites], Any]) -> dict[str, CompositeScenes]:
+    """Splits of a data module with the options `root`, `scenes`, `val_scenes`, `backgrounds` and `seed`."""
+    counts = dict(train=hparams.scenes, val=hparams.val_scenes, test=hparams.val_scenes)
+    options = dict(image_size=image_size, seed=hparams.seed, backgrounds=hparams.backgrounds)
+    return {
+        split: CompositeScenes(CompositeSource(hparams.root, split, **options), count, target)
+        for split, count in counts.items()
+    }
 
 
 def compose(garments: GarmentPool, photos: Tensor, seed: int, index: Tensor, size: int = 160) -> Composites:

@@ -17,7 +17,7 @@ from torchvision.datasets import VOCSegmentation
 from torchvision.transforms import v2
 
 from zoo.train.data.base import ImageDataModule
-from zoo.train.data.composites import CLASSES, CompositeSource
+from zoo.train.data.composites import CLASSES, Composites, composite_splits
 from zoo.train.seeding import ResumableLoader, SeededSampler, local_seed, run_seed
 
 # Label of pixels without a class.
@@ -367,31 +367,28 @@ class VOCSegmentationData(SegmentationDataModule):
         return {"train": train, "val": val, "test": val}
 
     def _read(self, image_set: str) -> VOCSegmentation:
-        root, year = self.hparams.root, self.hparams.year
-        try:
-            return VOCSegmentation(root, year=year, image_set=image_set)
-        except (RuntimeError, FileNotFoundError) as error:
-            raise FileNotFoundError(
-                f"no Pascal VOC {year} '{image_set}' in {root}: expected {root}/VOCdevkit/VOC{year} with JPEGImages, "
-                f"SegmentationClass and ImageSets/Segmentation/{image_set}.txt"
-            ) from error
+        hparams = self.hparams
+        return open_voc(VOCSegmentation, hparams.root, hparams.year, image_set, ("SegmentationClass", "Segmentation"))
 
 
-class CompositePairs(Sequence):
-    """A number of composite scenes with their label maps."""
+def open_voc(dataset: type, root: str, year: str, image_set: str, folders: tuple[str, str]) -> Dataset:
+    """An image set of Pascal VOC by one of torchvision's classes; folders of annotations and of lists for the error.
 
-    def __init__(self, source: CompositeSource, count: int) -> None:
-        self.source, self.count = source, count
+    Raises:
+        FileNotFoundError: It is not there; the message says which files are expected.
+    """
+    try:
+        return dataset(root, year=year, image_set=image_set)
+    except (RuntimeError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"no Pascal VOC {year} '{image_set}' in {root}: expected {root}/VOCdevkit/VOC{year} with JPEGImages, "
+            f"{folders[0]} and ImageSets/{folders[1]}/{image_set}.txt"
+        ) from error
 
-    def __len__(self) -> int:
-        return self.count
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        scenes = self.source(torch.tensor([index]))
-        pixels = (scenes.pixels[0] * 255).round().byte()
-        return v2.functional.to_pil_image(pixels), Image.fromarray(scenes.semantic[0].byte().numpy())
+def label_map(scenes: Composites) -> Image.Image:
+    """The label map of a scene."""
+    return Image.fromarray(scenes.semantic[0].byte().numpy())
 
 
 class CompositeSegmentationData(SegmentationDataModule):
@@ -427,9 +424,4 @@ class CompositeSegmentationData(SegmentationDataModule):
         hparams = self.hparams
         self.class_names = ["background", *CLASSES]
         self.check_class_count()
-        counts = dict(train=hparams.scenes, val=hparams.val_scenes, test=hparams.val_scenes)
-        options = dict(image_size=hparams.scene_size, seed=hparams.seed, backgrounds=hparams.backgrounds)
-        return {
-            split: CompositePairs(CompositeSource(hparams.root, split, **options), count)
-            for split, count in counts.items()
-        }
+        return composite_splits(hparams, hparams.scene_size, label_map)
