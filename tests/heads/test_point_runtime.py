@@ -278,4 +278,5 @@ def test_graphs_from_points_to_boxes(name: str) -> None:
 def test_two_million_points() -> None:
     detector = build("flatformer_nano").cuda()
     batch = [cloud(2_000_000).cuda()]
-    assert_same(detector.accelerate(dtype=torch.float32)(batch)[0], detector(batch)[0], 2e-3)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert_same(detector.accelerate(dtype=torch.float32)(batch)[0], detector(batch)[0], 2e-3)

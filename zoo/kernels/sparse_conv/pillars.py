@@ -70,7 +70,7 @@ def pillar_max(x: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         x: [N, C] rows of sites.
-        rows: int64 [P, Z] from `find_pillars`; N for no site.
+        rows: int64 [P, Z] from `find_pillars`, each site at most once; N for no site.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -93,7 +93,7 @@ def pillar_attention(
         q: [P, C].
         k, v: [N, C] rows of sites, any row stride.
         place: [Z, C], added to the keys at each height.
-        rows: int64 [P, Z] from `find_pillars`; N for no site.
+        rows: int64 [P, Z] from `find_pillars`, each site at most once; N for no site.
         heads: Heads M; logits are scaled by (C / M)**-0.5.
         backend: "auto", "triton" or "reference".
 

@@ -156,8 +156,16 @@ def pillar_max(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _of_cells(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of sites [N, C] in the cells of their pillars [P, Z, C], zeros between."""
-    return _with_zero(x)[rows]
+    """Rows of sites [N, C] in the cells of their pillars [P, Z, C], zeros between.
+
+    Sites are written to their cells, as each lies in one at most. Reading them from there gives the same values, but a
+    gradient that adds up the reads of the row of zeros, most cells being empty, one by one.
+    """
+    cells = rows.new_full((len(x) + 1,), rows.numel())
+    cells[rows.flatten()] = torch.arange(rows.numel(), device=rows.device)
+    # Sites of no pillar, if any, meet in a last row, which is dropped.
+    out = x.new_zeros(rows.numel() + 1, x.shape[1]).index_copy(0, cells[:-1], x)
+    return out[:-1].unflatten(0, rows.shape)
 
 
 def pillar_attention(q: Tensor, k: Tensor, v: Tensor, place: Tensor, rows: Tensor, heads: int) -> Tensor:
