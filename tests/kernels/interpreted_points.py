@@ -258,10 +258,12 @@ def test_pillars(Z: int, heads: int, C: int) -> None:
     assert (actual[-2:] == 0).all() and (expected[-2:] == 0).all()
 
 
+@pytest.mark.parametrize("channels", [40, 1100])
 @pytest.mark.parametrize(("with_sum", "after"), [(False, False), (True, False), (True, True)])
-def test_bias_and_relu(with_sum: bool, after: bool) -> None:
+def test_bias_and_relu(with_sum: bool, after: bool, channels: int) -> None:
     torch.manual_seed(0)
-    x, added, bias = torch.randn(2, 70, 40), torch.randn(70, 40) if with_sum else None, torch.randn(40)
+    x, bias = torch.randn(2, 270, channels), torch.randn(channels)
+    added = torch.randn(270, channels) if with_sum else None
     expected = relu_reference.bias_relu_(x[0].clone(), bias, added, after)
     relu_kernels.bias_relu_(x[0], bias, added, after)
     torch.testing.assert_close(x[0], expected)

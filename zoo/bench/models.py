@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from zoo.accelerate import accelerate
+from zoo.backbones.padded_graphs import record
 from zoo.kernels._dispatch import reference_only
 
-# Modes of torch.compile, and "none" for eager. "reduce-overhead" replays CUDA graphs.
-COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune")
+# Modes of torch.compile, "none" for eager, and "graph" for the kernels of eager replayed as one CUDA graph: the time of
+# the GPU alone, whatever the host. "reduce-overhead" replays CUDA graphs too.
+COMPILE_MODES = ("none", "graph", "default", "reduce-overhead", "max-autotune")
 # First match wins. Names of CUDA kernels, Triton kernels and, on a CPU, of aten operators.
 KERNEL_GROUPS = (
     ("optimizer", r"adam|multi_tensor_apply|optimizer"),
@@ -27,7 +29,7 @@ KERNEL_GROUPS = (
     ("norm", r"norm|batch_stats|welford"),
     (
         "elementwise",
-        r"elementwise|vectorized|copy|memcpy|memset|reduce|cat|fill|pointwise|triton_(poi|red|per)|index|gather|scatter"
+        r"elementwise|vectorized|copy|memcpy|memset|reduce|cat|fill|pointwise|triton_(poi|red|per)|index|gather|scatter|relu"
         r"|::(add|mul|sub|div|gelu|sum|mean|clone|contiguous|to)_?\b",
     ),
 )
@@ -80,7 +82,25 @@ def build(job: Job) -> Callable[[], Any]:
 
     A step is a forward pass (``inference``), one with a backward pass (``forward+backward``), or that and an AdamW
     update (``train``).
+
+    Raises:
+        ValueError: CUDA graphs are asked for on a CPU.
     """
+    if job.compile == "graph" and job.device.type != "cuda":
+        raise ValueError("compile=graph replays CUDA graphs: it needs a GPU")
+    step = _eager_step(job)
+    if job.compile != "graph":
+        return step
+    graph, out = record(step)
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def _eager_step(job: Job) -> Callable[[], Any]:
     torch.manual_seed(0)
     model = timm.create_model(job.model, **size_argument(job.model, job.size))
     if job.provider == "accelerate":
@@ -89,7 +109,7 @@ def build(job: Job) -> Callable[[], Any]:
     images = torch.randn(job.batch, 3, job.size, job.size, device=job.device)
     if job.channels_last:
         model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
-    forward = model if job.compile == "none" else torch.compile(model, mode=job.compile)
+    forward = model if job.compile in ("none", "graph") else torch.compile(model, mode=job.compile)
     # float32 needs no autocast.
     autocast = torch.autocast(job.device.type, job.dtype, enabled=job.dtype != torch.float32)
 
@@ -103,7 +123,9 @@ def build(job: Job) -> Callable[[], Any]:
 
     optimizer = None
     if job.mode == "train":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-4, weight_decay=0.05, fused=True, capturable=job.compile == "graph"
+        )
     target = torch.randint(model.num_classes, (job.batch,), device=job.device)
 
     def step() -> torch.Tensor:
@@ -130,9 +152,9 @@ def size_argument(model: str, size: int) -> dict[str, int]:
     return {"img_size": size} if cfg and cfg.fixed_input_size and cfg.input_size[-1] != size else {}
 
 
-def kernel_group(name: str) -> str:
+def kernel_group(name: str, groups: Sequence[tuple[str, str]] = KERNEL_GROUPS) -> str:
     """Group of a kernel or operator by its name."""
-    for group, pattern in KERNEL_GROUPS:
+    for group, pattern in groups:
         if re.search(pattern, name, re.IGNORECASE):
             return group
     return "other"
@@ -151,7 +173,9 @@ def profile(job: Job, steps: int = 3) -> Profile:
     return profile_step(build(job), job.device, steps)
 
 
-def profile_step(step: Callable[[], Any], device: torch.device, steps: int = 3) -> Profile:
+def profile_step(
+    step: Callable[[], Any], device: torch.device, steps: int = 3, groups: Sequence[tuple[str, str]] = KERNEL_GROUPS
+) -> Profile:
     """Profile some steps after a warm-up with torch's profiler; GPU kernels where there is a GPU, else operators."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
@@ -165,17 +189,17 @@ def profile_step(step: Callable[[], Any], device: torch.device, steps: int = 3) 
             step()
         if on_gpu:
             torch.cuda.synchronize(device)
-    kernels, groups = [], defaultdict(float)
+    kernels, times = [], defaultdict(float)
     for event in recorded.key_averages():
         is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
         if is_kernel != on_gpu or getattr(event, "is_user_annotation", False):
             continue
         time = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / steps
         if time > 0:
-            group = kernel_group(event.key)
-            groups[group] += time
+            group = kernel_group(event.key, groups)
+            times[group] += time
             kernels.append((event.key, group, time, event.count / steps))
     return Profile(
-        sorted(groups.items(), key=lambda item: -item[1]),
+        sorted(times.items(), key=lambda item: -item[1]),
         sorted(kernels, key=lambda item: -item[2]),
     )
