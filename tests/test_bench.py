@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import sys
 
 import pytest
 import torch
 import yaml
 
-from zoo.bench import gate, main, models, report, resolution, runner, suites, timing, unet_steps, video_steps
+from zoo.bench import detectors, gate, main, models, report, resolution, runner, suites, timing, unet_steps, video_steps
 from zoo.bench.ops import OPS, Op
 from zoo.bench.ops.bilevel_routing import plain_attention, routed_block_mask, sdpa_attention
 from zoo.bench.ops.tile_sparse_flex import flex, flex_kernel, gather_tokens
@@ -412,21 +411,12 @@ def test_kernel_group(kernel, group):
 
 
 def test_plot(toy, tmp_path):
-    pytest.importorskip("matplotlib")
     quick(toy(lambda inputs: inputs["x"] ** 2), "--out", str(tmp_path))
     assert main(["--plot", str(tmp_path / "toy.csv")]) == 0
     assert (tmp_path / "toy.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_plot_names_the_extra(tmp_path, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    assert main(["--plot", str(tmp_path / "toy.csv")]) == 2
-    assert "attention-zoo[demo]" in capsys.readouterr().err
-
-
 def test_plot_of_nothing(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     report.append(tmp_path / "empty.csv", [])
     assert main(["--plot", str(tmp_path / "empty.csv")]) == 2
     assert "no results" in capsys.readouterr().err
@@ -609,6 +599,47 @@ def test_compiled_models_follow_reference_only():
             assert compiled(x)[0] == -1
 
 
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("_flat_window_forward_kernel", "attention"),
+        ("_scatter_linear_kernel", "attention"),
+        ("_pillar_attention_kernel", "attention"),
+        ("_sparse_conv_kernel", "sparse convolution"),
+        ("_sparse_depthwise_kernel", "sparse convolution"),
+        ("_neighbour_kernel", "sorting and indices"),
+        ("_output_key_kernel", "sorting and indices"),
+        ("void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel", "sorting and indices"),
+        ("_segment_max_kernel", "voxels"),
+        ("_greedy_kernel", "suppression"),
+        ("sm90_xmma_fprop_implicit_gemm_f16", "conv"),
+        ("_bias_relu_kernel", "elementwise"),
+    ],
+)
+def test_kinds_of_kernels_of_detectors(kernel, group):
+    assert models.kernel_group(kernel, detectors.KERNEL_GROUPS) == group
+
+
+def test_graphs_need_a_gpu():
+    job = models.Job("test_vit", 1, 32, torch.float32, "inference", "graph", False, torch.device("cpu"))
+    with pytest.raises(ValueError, match="needs a GPU"):
+        models.build(job)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["inference", "forward+backward", "train"])
+def test_graphs_replay_steps(mode):
+    settings = ("biformer_nano", 2, 64, torch.bfloat16, mode)
+    graph, eager = (
+        models.build(models.Job(*settings, compile, True, torch.device("cuda", 0))) for compile in ("graph", "none")
+    )
+    if mode == "inference":
+        torch.testing.assert_close(graph(), eager(), rtol=2e-2, atol=2e-2)
+    losses = [float(graph().mean()) for _ in range(10)]
+    assert (losses[-1] < losses[0]) == (mode == "train")
+
+
 def test_sweep_goes_over_sizes(tmp_path):
     assert quick("resolution", "--filter", "inference", "--out", str(tmp_path)) == 0
     rows = rows_of(tmp_path / "resolution.csv")
@@ -642,7 +673,6 @@ def test_out_of_memory_is_a_result(write_suite, tmp_path, monkeypatch, error):
         for size, metric in ((32, "step_time"), (64, "out_of_memory"))
     ]
     assert not rows[1]["p50"]
-    pytest.importorskip("matplotlib")
     assert main(["--plot", str(tmp_path / "toy.csv")]) == 0
     assert (tmp_path / "toy.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import sys
 import tarfile
 
 import numpy as np
@@ -155,14 +154,10 @@ def test_fashion_mnist_errors(tmp_path):
         FashionMnistData(str(tmp_path), **SMALL).setup()
 
 
-def test_digits(monkeypatch):
-    pytest.importorskip("sklearn")
+def test_digits():
     data = DigitsData(**{**SMALL, "batch_size": 600})
     check_batches(data, 10, [str(i) for i in range(10)])
     assert [len(data.splits[name]) for name in ("train", "val", "test")] == [1198, 599, 599]
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"attention-zoo\[demo\]"):
-        DigitsData(**SMALL).setup()
 
 
 def test_webdataset(tmp_path):

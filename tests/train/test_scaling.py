@@ -18,7 +18,7 @@ from zoo.train import scaling
 from zoo.train.classification import ImageClassifier
 from zoo.train.distillation import Distillation
 from zoo.train.export import load_lightning_checkpoint
-from zoo.train.sharding import FullyShardedStrategy, blocks_of, compile_blocks
+from zoo.train.sharding import UNIT_PARAMETERS, FullyShardedStrategy, blocks_of, compile_blocks, units_of
 
 STEPS = 3
 
@@ -142,6 +142,17 @@ def test_blocks_are_found(name):
     assert len({id(p) for block in blocks for p in block.parameters()}) == sum(
         1 for block in blocks for _ in block.parameters()
     )
+
+
+def test_units_hold_consecutive_blocks_of_some_size():
+    model = zoo.create_model("biformer_small")
+    units = units_of(model)
+    assert [block for unit in units for block in unit] == blocks_of(model)
+    sizes = [[sum(p.numel() for p in block.parameters()) for block in unit] for unit in units]
+    assert len(units) > 3
+    for unit in sizes[:-1]:
+        assert sum(unit) >= UNIT_PARAMETERS > sum(unit[:-1])
+    assert units_of(torch.nn.Linear(2, 2)) == []
 
 
 def test_compiled_blocks_compute_the_same(monkeypatch):

@@ -3,7 +3,7 @@
 Providers: ``runtime`` is `zoo.heads.point_runtime.PointRuntime` as it comes, ``compiled`` the same with its
 convolutions through `torch.compile`, ``module`` the detector itself in float32. Modes: ``whole`` is wall time from
 points on the device to boxes; the stages of ``runtime`` are GPU time under graph replay, or wall time where that is not
-possible.
+possible. On a GPU rows such as ``backbone/attention`` split a stage by the kind of its kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zoo.bench import report, suites, timing
+from zoo.bench import models, report, suites, timing
 
 if TYPE_CHECKING:
     from zoo.bench.runner import Options, Outcome
@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 
 PROVIDERS = ("runtime", "compiled", "module")
 SIMULATED = "simulated"
+# Kinds of kernels, before the general ones: the first match wins.
+KERNEL_GROUPS = (
+    ("attention", r"flat_window_(forward|d)|scatter_linear|pillar_(attention|max)"),
+    ("sparse convolution", r"sparse_conv|sparse_depthwise"),
+    ("suppression", r"_(pairs|aligned|conflict|greedy)_kernel"),
+    ("voxels", r"_(point_features|segment_max|finish)_kernel"),
+    (
+        "sorting and indices",
+        r"sort|radix|_(key|first|table|number|output_key|site|pillar|tap_bits|tiles|neighbour)_kernel",
+    ),
+    *models.KERNEL_GROUPS,
+)
 
 
 def read_scan(scan: str, detector: PointDetector, device: torch.device) -> Tensor:
@@ -54,11 +66,7 @@ def callables(detector: PointDetector, points: list[Tensor], providers: list[str
 
 def measure(call: Callable[[], Any], whole: bool, device: torch.device, samples: int) -> dict[str, Any]:
     """Columns of a row."""
-
-    def step() -> Any:
-        with torch.no_grad():
-            return call()
-
+    step = torch.no_grad()(call)
     wall = timing.wall_time([step], device, samples).scaled(1e3)
     row = {"metric": "wall_time", **wall._asdict(), **{f"eager_{key}": value for key, value in wall._asdict().items()}}
     if whole or device.type != "cuda":
@@ -67,6 +75,19 @@ def measure(call: Callable[[], Any], whole: bool, device: torch.device, samples:
         return {**row, "metric": "gpu_time", **timing.graph_time([step], samples).scaled(1e3)._asdict()}
     except RuntimeError:
         return row
+
+
+def measure_all(
+    calls: Mapping[tuple[str, str], Callable[[], Any]], options: Options
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Columns of the rows of all calls and, on a GPU, of the kinds of kernels of each stage."""
+    rows = {}
+    for (provider, mode), call in calls.items():
+        rows[provider, mode] = measure(call, mode == "whole", options.device, options.samples)
+        if mode != "whole" and options.device.type == "cuda":
+            kinds = models.profile_step(torch.no_grad()(call), options.device, groups=KERNEL_GROUPS).groups
+            rows |= {(provider, f"{mode}/{kind}"): {"metric": "kernel_time", "p50": time} for kind, time in kinds}
+    return rows
 
 
 def run(suite: suites.Suite, options: Options, outcome: Outcome) -> None:
@@ -97,6 +118,7 @@ def _run_scan(
     try:
         points = read_scan(case["scan"], detector, options.device)
         config = f"{label} points={len(points)}"
+        calls = callables(detector, [points] * case["batch"], providers)
         rows = [
             report.make_row(
                 options.device,
@@ -107,9 +129,9 @@ def _run_scan(
                 dtype="float32" if provider == "module" else dtype,
                 mode=mode,
                 unit="ms",
-                **measure(call, mode == "whole", options.device, options.samples),
+                **values,
             )
-            for (provider, mode), call in callables(detector, [points] * case["batch"], providers).items()
+            for (provider, mode), values in measure_all(calls, options).items()
         ]
     except Exception as error:  # this scan only
         outcome.fail(f"{name} [{label}]: {type(error).__name__}: {' '.join(str(error).split())[:300]}")

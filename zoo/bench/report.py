@@ -164,16 +164,13 @@ def plot(source: Path, target: Path | None = None) -> Path:
         target: Image to write; by default the CSV's name with the suffix ``.png``.
 
     Raises:
-        ImportError: matplotlib is missing.
         ValueError: There is nothing to draw.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     from zoo.bench import resolution
 
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('--plot needs matplotlib: pip install "attention-zoo[demo]"') from error
     with source.open(newline="") as file:
         latest = {tuple(row.get(key, "") for key in KEY): row for row in csv.DictReader(file)}
     rows = [row for row in latest.values() if row.get("p50")]

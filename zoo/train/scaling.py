@@ -5,9 +5,9 @@
 
 Starts its own processes, first those of all devices and then a single one. Measured with random images on the device:
 
-- throughput of training steps (bfloat16 autocast, forward, backward, fused AdamW) with DDP, with FSDP2 (each block a
-  unit) and on one device, eager and with every block compiled, at the same batch a device. The speed-up is that over
-  one device in the same way of running;
+- throughput of training steps (bfloat16 autocast, forward, backward, fused AdamW) with DDP, with FSDP2 (units of
+  some blocks) and on one device, eager and with every block compiled, at the same batch a device. The speed-up is that
+  over one device in the same way of running;
 - loss over some steps in float32 from the same weights at the same global batch, with batch norm over all devices;
 - logits of the sharded model after these steps, and those of a plain model that has loaded its full state dict.
 """
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="biformer_small", help="image model (default: biformer_small)")
     add("--size", type=int, default=224, help="side of the images in pixels")
-    add("--batch", type=int, default=128, help="images of a device in a step of throughput")
+    add("--batch", type=int, default=256, help="images of a device in a step of throughput (default: 256)")
     add("--loss-batch", type=int, default=64, help="images of all devices in a step of the loss")
     add("--devices", type=int, default=2, help="number of devices to compare with one")
     add("--steps", type=int, default=5, help=f"steps of each of the {SAMPLES} samples of throughput")

@@ -9,6 +9,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+# Gathering and reducing cost the host some launches a unit, so that each small block by itself would wait for the host.
+UNIT_PARAMETERS = 4_000_000
+
 
 class FullyShardedStrategy(ModelParallelStrategy):
     """Lightning's strategy for FSDP2 with all processes in one group of data, and checkpoints in one ordinary file.
@@ -34,8 +37,20 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
     return listed or [module for _, module in named if type(module).__name__.endswith("Block")]
 
 
+def units_of(net: nn.Module) -> list[list[nn.Module]]:
+    """Consecutive blocks that are gathered together: as few as have `UNIT_PARAMETERS`, and what is left at the end."""
+    units, size = [[]], 0
+    for block in blocks_of(net):
+        if size >= UNIT_PARAMETERS:
+            units.append([])
+            size = 0
+        units[-1].append(block)
+        size += sum(p.numel() for p in block.parameters())
+    return [unit for unit in units if unit]
+
+
 def shard(net: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Shard a model in place over a mesh of one dimension, each block and then the rest as a unit.
+    """Shard a model in place over a mesh of one dimension, some blocks at a time and then the rest as a unit.
 
     Args:
         net: An image model. Parameters become DTensors of the same shapes under the same names.
@@ -46,8 +61,8 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """
     # Sharding takes contiguous parameters only. Images may still be channels-last.
     net.to(memory_format=torch.contiguous_format)
-    for block in blocks_of(net):
-        fully_shard(block, mesh=mesh)
+    for unit in units_of(net):
+        fully_shard(unit, mesh=mesh)
     return fully_shard(net, mesh=mesh)
 
 
