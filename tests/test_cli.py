@@ -291,21 +291,18 @@ def test_export_keeps_what_describes_the_weights(capsys, monkeypatch, tmp_path):
     assert (config["pretrained_cfg"]["input_size"], config["pretrained_cfg"]["mean"]) == ([3, 32, 32], [0.1, 0.2, 0.3])
 
 
+def test_vlm_names_the_missing_extra(capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
+    assert "pip install 'attention-zoo[transformers]'" in fails(capsys, "vlm", "demo")
+
+
 def test_push_and_pull_messages(capsys, tmp_path):
     assert "has no config.json" in fails(capsys, "push", tmp_path, "org/model")
     assert "not a valid repository id" in fails(capsys, "pull", "nonsense", "--out", tmp_path / "m")
 
 
-def test_demo_names_the_missing_extra(capsys, monkeypatch, tmp_path):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "skimage" else find(name))
-    line = fails(capsys, "demo", "--out", tmp_path / "demo")
-    assert "pip install 'attention-zoo[demo]'" in line
-    assert not (tmp_path / "demo").exists()
-
-
 def test_demo_draws_predictions_and_routing(tmp_path):
-    pytest.importorskip("matplotlib")
     folder = hub.save_model(zoo.create_model("biformer_nano", num_classes=3), tmp_path / "m", label_names=LABELS)
     classifier = predict.Classifier(f"local-dir:{folder}", "cpu")
     inputs = [classifier.load(Image.new("RGB", (200, 150), colour)) for colour in ("red", "green")]

@@ -1,7 +1,6 @@
 """`zoo demo`: the whole package in under three minutes on a CPU, without a network."""
 
 import argparse
-import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -10,7 +9,6 @@ MODEL = "biformer_nano.zoo_clothing10"
 CONFIG = "digits/biformer_nano"
 WANTED_ACCURACY = 0.97
 _SAMPLES = Path(__file__).parents[1] / "samples"
-_EXTRAS = ("matplotlib", "sklearn", "skimage")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"The demo needs {', '.join(missing)}: pip install 'attention-zoo[demo]'")
     import torch
 
     threads = torch.get_num_threads()

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 
 # action: (module with add_arguments(parser) and run(args), one line of help)
 ACTIONS = {
@@ -18,4 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError("zoo vlm needs transformers: pip install 'attention-zoo[transformers]'")
     return importlib.import_module(ACTIONS[args.action][0]).run(args)

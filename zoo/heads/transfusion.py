@@ -286,11 +286,7 @@ class TransFusionHead(nn.Module):
 
     @torch.no_grad()
     def targets(self, maps: dict[str, Tensor], targets: Sequence[Targets]) -> TransFusionTargets:
-        """Match proposals with the ground truth, which runs on the CPU, and draw the heat map.
-
-        Raises:
-            ImportError: scipy is missing.
-        """
+        """Match proposals with the ground truth, which runs on the CPU, and draw the heat map."""
         objects = gather_objects(targets, self.limits.device, self.num_classes, by_class=False)
         heatmap = self._heatmap(objects, maps["dense_heatmap"].shape)
         rows = self.rows(maps)
@@ -397,10 +393,8 @@ def _branch(channels: int, out_channels: int) -> nn.Sequential:
 
 def _hungarian(cost: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of the assignment of the least cost [P, K]."""
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ImportError("Matching boxes needs scipy: pip install scipy, or attention-zoo[data].") from error
+    from scipy.optimize import linear_sum_assignment
+
     # A box beyond float32 is matched last.
     rows, columns = linear_sum_assignment(cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy())
     return tuple(torch.from_numpy(x).to(cost.device) for x in (rows, columns))

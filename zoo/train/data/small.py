@@ -41,11 +41,9 @@ class DigitsData(ImageDataModule):
 
     def load_splits(self) -> dict[str, Sequence]:
         """Split the digits the same way whatever the seed, so that results compare."""
-        try:
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
-        except ImportError as error:
-            raise ImportError("DigitsData needs scikit-learn: pip install 'attention-zoo[demo]'") from error
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         digits = load_digits()
         # Pixels are 0..16.
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)
