@@ -1,10 +1,7 @@
 """Triton kernels of token attention over routed regions, then their launchers.
 
 Maps are [B, H, W, C] with unit channel stride and are read in place, also as views of a packed qkv map.
-Region arithmetic divides by run-time region sizes through float32, exact for every index up to 2**20 and
-without a recompilation for each map size. Images are addressed in int64, tokens within an image in int32.
-
-Two designs share the helpers. A *tile* kernel holds all keys of a query tile at once (at most 256): addresses
+Two designs share the helpers in `triton_tiles.py`. A *tile* kernel holds all keys of a query tile at once (at most 256): addresses
 and masks are computed once and serve all heads, and the softmax needs no running maximum. A *walk* kernel
 takes any number of keys, a tile at a time.
 """
@@ -21,107 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.bilevel_routing.reference import region_grid
-from zoo.kernels.bilevel_routing.triton_routing import divide, transpose_graph, unit_channels
+from zoo.kernels.bilevel_routing.triton_routing import transpose_graph, unit_channels
+from zoo.kernels.bilevel_routing.triton_tiles import (
+    all_keys,
+    has_routed,
+    listed_tile,
+    load_tokens,
+    locate,
+    own_tile,
+    store_tokens,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _locate(token, region, width, rh, rw):
-    """Row and column on a map of that width of token `token` of region `region`."""
-    grid_w = tl.cdiv(width, rw)
-    region_row = divide(region, grid_w)
-    token_row = divide(token, rw)
-    row = region_row * rh + token_row
-    col = (region - region_row * grid_w) * rw + token - token_row * rw
-    return row, col
-
-
-@triton.jit
-def _load_tokens(ptr, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """[N, BLOCK_D] channels of one head at the given offsets, zero outside."""
-    d = tl.arange(0, BLOCK_D)
-    at = ptr + offset[:, None] + d[None, :]
-    if D < BLOCK_D:
-        return tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-    if MASKED:
-        return tl.load(at, mask=inside[:, None], other=0.0)
-    return tl.load(at)
-
-
-@triton.jit
-def _store_tokens(ptr, value, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    mask = inside[:, None] & (d < D)[None, :] if D < BLOCK_D else inside[:, None]
-    tl.store(ptr + offset[:, None] + d[None, :], value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _own_tile(
-    tile, H, W, RH, RW, regions, stride_h, stride_w, DENSE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """The tokens that a program owns, of one region or of all regions in order.
-
-    Returns region, position on the map, offset in memory, whether on the map, and whether a token at all.
-    """
-    tokens = RH * RW
-    if DENSE:
-        t = tile * BLOCK + tl.arange(0, BLOCK)
-        region = divide(t, tokens)
-        token = t - region * tokens
-        valid = t < regions * tokens
-    else:
-        blocks = tl.cdiv(tokens, BLOCK)
-        token = (tile % blocks) * BLOCK + tl.arange(0, BLOCK)
-        region = tl.zeros_like(token) + tile // blocks
-        valid = token < tokens
-    row, col = _locate(token, region, W, RH, RW)
-    inside = valid & (row < H) & (col < W)
-    return region, row * W + col, row * stride_h + col * stride_w, inside, valid
-
-
-@triton.jit
-def _listed_tile(n, list_ptr, total, H, W, RH, RW, stride_h, stride_w):
-    """Members n of the tokens of a list of regions: position, offset, whether on the map, whether in the list."""
-    tokens = RH * RW
-    slot = divide(n, tokens)
-    valid = n < total
-    region = tl.load(list_ptr + slot, mask=valid, other=0)
-    row, col = _locate(n - slot * tokens, region, W, RH, RW)
-    inside = valid & (row < H) & (col < W)
-    return row * W + col, row * stride_h + col * stride_w, inside, valid
-
-
-@triton.jit
-def _all_keys(
-    list_ptr, topk, KH, KW, KRH, KRW, kv_regions, stride_h, stride_w,
-    DENSE: tl.constexpr, MASK_PADDING: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """All keys of a tile kernel: region (DENSE only), offset, whether on the map, whether in the softmax."""
-    if DENSE:
-        region, position, offset, inside, keep = _own_tile(
-            0, KH, KW, KRH, KRW, kv_regions, stride_h, stride_w, True, BLOCK_N
-        )
-    else:
-        n = tl.arange(0, BLOCK_N)
-        position, offset, inside, keep = _listed_tile(
-            n, list_ptr, topk * KRH * KRW, KH, KW, KRH, KRW, stride_h, stride_w
-        )
-        region = n
-    if MASK_PADDING:
-        keep = inside
-    return region, offset, inside, keep
-
-
-@triton.jit
-def _routed(index_ptr, region, valid, other, topk, BLOCK_K: tl.constexpr):
-    """[M, N] bool: whether query region m has routed to key region n (below 64), through a word of bits."""
-    slot = tl.arange(0, BLOCK_K)
-    at = index_ptr + region[:, None] * topk + slot[None, :]
-    chosen = tl.load(at, mask=valid[:, None] & (slot < topk)[None, :], other=-1).to(tl.int64)
-    one = tl.full(chosen.shape, 1, tl.int64)
-    bits = tl.sum(tl.where(chosen >= 0, one << chosen, 0), 1)
-    return ((bits[:, None] >> other.to(tl.int64)[None, :]) & 1) != 0
 
 
 _SIZES = ["H", "W", "KH", "KW", "RH", "RW", "KRH", "KRW", "topk", "regions", "kv_regions"]
@@ -173,37 +81,37 @@ def _forward_tile_kernel(
     lse_ptr += b * HEADS * H * W
     index_ptr += b * index_stride_b + group * index_stride_m
 
-    k_region, k_offset, k_inside, keep = _all_keys(
+    k_region, k_offset, k_inside, keep = all_keys(
         index_ptr + tile * topk, topk, KH, KW, KRH, KRW, kv_regions, kv_stride_h, kv_stride_w,
         DENSE, MASK_PADDING, BLOCK_N,
     )  # fmt: skip
     keep = keep[None, :]
 
     if ONE_BLOCK:
-        q_region, position, q_offset, q_inside, q_valid = _own_tile(
+        q_region, position, q_offset, q_inside, q_valid = own_tile(
             tile, H, W, RH, RW, regions, q_stride_h, q_stride_w, DENSE, BLOCK_M
         )  # fmt: skip
         if DENSE:
-            keep = keep & _routed(index_ptr, q_region, q_valid, k_region, topk, BLOCK_K)
+            keep = keep & has_routed(index_ptr, q_region, q_valid, k_region, topk, BLOCK_K)
         for i in tl.range(0, LOOP):
             head = group * LOOP + i
-            q = _load_tokens(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
-            k = _load_tokens(k_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
-            v = _load_tokens(v_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+            q = load_tokens(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
+            k = load_tokens(k_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+            v = load_tokens(v_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
             out, lse = _softmax_of_tile(q, k, v, keep, q_inside, scale * LOG2E, DENSE, EVEN)
-            _store_tokens(out_ptr + head * D, out, position * (HEADS * D), q_inside, D, BLOCK_D)
+            store_tokens(out_ptr + head * D, out, position * (HEADS * D), q_inside, D, BLOCK_D)
             tl.store(lse_ptr + head * H * W + position, lse, mask=q_inside)
     else:
-        k = _load_tokens(k_ptr + group * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
-        v = _load_tokens(v_ptr + group * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        k = load_tokens(k_ptr + group * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        v = load_tokens(v_ptr + group * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
         for start in tl.range(0, RH * RW, BLOCK_M):
             t = start + tl.arange(0, BLOCK_M)
-            row, col = _locate(t, tile, W, RH, RW)
+            row, col = locate(t, tile, W, RH, RW)
             q_inside = (t < RH * RW) & (row < H) & (col < W)
             position, q_offset = row * W + col, row * q_stride_h + col * q_stride_w
-            q = _load_tokens(q_ptr + group * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
+            q = load_tokens(q_ptr + group * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
             out, lse = _softmax_of_tile(q, k, v, keep, q_inside, scale * LOG2E, DENSE, EVEN)
-            _store_tokens(out_ptr + group * D, out, position * (HEADS * D), q_inside, D, BLOCK_D)
+            store_tokens(out_ptr + group * D, out, position * (HEADS * D), q_inside, D, BLOCK_D)
             tl.store(lse_ptr + group * H * W + position, lse, mask=q_inside)
 
 
@@ -225,21 +133,21 @@ def _forward_walk_kernel(
     v_ptr += b * kv_stride_b + head * D
     index_ptr += b * index_stride_b + head * index_stride_m + (tile // tl.cdiv(RH * RW, BLOCK_M)) * topk
 
-    own_region, position, q_offset, q_inside, own_valid = _own_tile(
+    own_region, position, q_offset, q_inside, own_valid = own_tile(
         tile, H, W, RH, RW, regions, q_stride_h, q_stride_w, False, BLOCK_M
     )  # fmt: skip
-    q = _load_tokens(q_ptr, q_offset, q_inside, D, BLOCK_D, not EVEN)
+    q = load_tokens(q_ptr, q_offset, q_inside, D, BLOCK_D, not EVEN)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, total, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        k_position, k_offset, k_inside, keep = _listed_tile(
+        k_position, k_offset, k_inside, keep = listed_tile(
             n, index_ptr, total, KH, KW, KRH, KRW, kv_stride_h, kv_stride_w
         )  # fmt: skip
-        k = _load_tokens(k_ptr, k_offset, k_inside, D, BLOCK_D, not EVEN)
-        v = _load_tokens(v_ptr, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        k = load_tokens(k_ptr, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        v = load_tokens(v_ptr, k_offset, k_inside, D, BLOCK_D, not EVEN)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)  # [BLOCK_M, BLOCK_N]
         if not EVEN:
             if MASK_PADDING:
@@ -255,7 +163,7 @@ def _forward_walk_kernel(
         top = new_top
 
     out_ptr += b * H * W * (HEADS * D) + head * D
-    _store_tokens(out_ptr, acc / norm[:, None], position * (HEADS * D), q_inside, D, BLOCK_D)
+    store_tokens(out_ptr, acc / norm[:, None], position * (HEADS * D), q_inside, D, BLOCK_D)
     tl.store(lse_ptr + (b * HEADS + head) * H * W + position, top + tl.log2(norm), mask=q_inside)
 
 
@@ -295,32 +203,32 @@ def _dq_tile_kernel(
     out_base = b * H * W * (HEADS * D)
     index_ptr += b * index_stride_b + group * index_stride_m
 
-    q_region, position, q_offset, q_inside, q_valid = _own_tile(
+    q_region, position, q_offset, q_inside, q_valid = own_tile(
         tile, H, W, RH, RW, regions, q_stride_h, q_stride_w, DENSE, BLOCK_M
     )  # fmt: skip
     out_offset = position * (HEADS * D)
-    k_region, k_offset, k_inside, keep = _all_keys(
+    k_region, k_offset, k_inside, keep = all_keys(
         index_ptr + (tile // tl.cdiv(RH * RW, BLOCK_M)) * topk, topk, KH, KW, KRH, KRW, kv_regions,
         kv_stride_h, kv_stride_w, DENSE, MASK_PADDING, BLOCK_N,
     )  # fmt: skip
     keep_pair = keep[None, :] & q_inside[:, None]
     if DENSE:
-        keep_pair = keep_pair & _routed(index_ptr, q_region, q_valid, k_region, topk, BLOCK_K)
+        keep_pair = keep_pair & has_routed(index_ptr, q_region, q_valid, k_region, topk, BLOCK_K)
 
     for i in tl.range(0, LOOP):
         head = group * LOOP + i
-        q = _load_tokens(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
-        k = _load_tokens(k_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
-        v = _load_tokens(v_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
-        grad = _load_tokens(grad_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, not EVEN)
-        out = _load_tokens(out_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, not EVEN)
+        q = load_tokens(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
+        k = load_tokens(k_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        v = load_tokens(v_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        grad = load_tokens(grad_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, not EVEN)
+        out = load_tokens(out_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, not EVEN)
         delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
         stat = (b * HEADS + head) * H * W + position
         tl.store(delta_ptr + stat, delta, mask=q_inside)
         lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
         _, ds = _softmax_gradient(q, k, grad, v, lse[:, None], delta[:, None], keep_pair, scale * LOG2E)
         dq = tl.dot(ds.to(k.dtype), k, input_precision="ieee") * scale
-        _store_tokens(dq_ptr + out_base + head * D, dq, out_offset, q_inside, D, BLOCK_D)
+        store_tokens(dq_ptr + out_base + head * D, dq, out_offset, q_inside, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -341,13 +249,13 @@ def _dq_walk_kernel(
     v_ptr += b * kv_stride_b + head * D
     index_ptr += b * index_stride_b + head * index_stride_m + (tile // tl.cdiv(RH * RW, BLOCK_M)) * topk
 
-    own_region, position, q_offset, q_inside, own_valid = _own_tile(
+    own_region, position, q_offset, q_inside, own_valid = own_tile(
         tile, H, W, RH, RW, regions, q_stride_h, q_stride_w, False, BLOCK_M
     )  # fmt: skip
-    q = _load_tokens(q_ptr + b * q_stride_b + head * D, q_offset, q_inside, D, BLOCK_D, True)
+    q = load_tokens(q_ptr + b * q_stride_b + head * D, q_offset, q_inside, D, BLOCK_D, True)
     out_offset = position * (HEADS * D)
-    grad = _load_tokens(grad_ptr + out_base, out_offset, q_inside, D, BLOCK_D, True)
-    out = _load_tokens(out_ptr + out_base, out_offset, q_inside, D, BLOCK_D, True)
+    grad = load_tokens(grad_ptr + out_base, out_offset, q_inside, D, BLOCK_D, True)
+    out = load_tokens(out_ptr + out_base, out_offset, q_inside, D, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     stat = (b * HEADS + head) * H * W + position
     tl.store(delta_ptr + stat, delta, mask=q_inside)
@@ -356,17 +264,17 @@ def _dq_walk_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, total, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        k_position, k_offset, k_inside, keep = _listed_tile(
+        k_position, k_offset, k_inside, keep = listed_tile(
             n, index_ptr, total, KH, KW, KRH, KRW, kv_stride_h, kv_stride_w
         )  # fmt: skip
-        k = _load_tokens(k_ptr, k_offset, k_inside, D, BLOCK_D, True)
-        v = _load_tokens(v_ptr, k_offset, k_inside, D, BLOCK_D, True)
+        k = load_tokens(k_ptr, k_offset, k_inside, D, BLOCK_D, True)
+        v = load_tokens(v_ptr, k_offset, k_inside, D, BLOCK_D, True)
         if MASK_PADDING:
             keep = k_inside
         keep_pair = keep[None, :] & q_inside[:, None]
         _, ds = _softmax_gradient(q, k, grad, v, lse[:, None], delta[:, None], keep_pair, scale * LOG2E)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
-    _store_tokens(dq_ptr + out_base, acc * scale, out_offset, q_inside, D, BLOCK_D)
+    store_tokens(dq_ptr + out_base, acc * scale, out_offset, q_inside, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -388,31 +296,31 @@ def _dkv_tile_kernel(
     kv_base = b * KH * KW * (HEADS * D)
     index_ptr += b * index_stride_b + group * index_stride_m
 
-    k_region, k_position, k_offset, k_inside, k_valid = _own_tile(
+    k_region, k_position, k_offset, k_inside, k_valid = own_tile(
         tl.program_id(0) // (HEADS // LOOP), KH, KW, KRH, KRW, kv_regions, kv_stride_h, kv_stride_w, True, BLOCK_N
     )  # fmt: skip
     dk_offset = k_position * (HEADS * D)
-    q_region, position, q_offset, q_inside, q_valid = _own_tile(
+    q_region, position, q_offset, q_inside, q_valid = own_tile(
         0, H, W, RH, RW, regions, q_stride_h, q_stride_w, True, BLOCK_M
     )  # fmt: skip
     out_offset = position * (HEADS * D)
-    routed = _routed(index_ptr, q_region, q_valid, k_region, topk, BLOCK_K)
+    routed = has_routed(index_ptr, q_region, q_valid, k_region, topk, BLOCK_K)
     keep_pair = tl.trans(routed) & k_inside[:, None] & q_inside[None, :]  # [BLOCK_N, BLOCK_M]
 
     for i in tl.range(0, LOOP):
         head = group * LOOP + i
-        k = _load_tokens(k_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
-        v = _load_tokens(v_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
-        q = _load_tokens(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, True)
-        grad = _load_tokens(grad_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, True)
+        k = load_tokens(k_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
+        v = load_tokens(v_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
+        q = load_tokens(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, True)
+        grad = load_tokens(grad_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, True)
         stat = (b * HEADS + head) * H * W + position
         lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
         delta = tl.load(delta_ptr + stat, mask=q_inside, other=0.0)
         p, ds = _softmax_gradient(k, q, v, grad, lse[None, :], delta[None, :], keep_pair, scale * LOG2E)
         dv = tl.dot(p.to(grad.dtype), grad, input_precision="ieee")
         dk = tl.dot(ds.to(q.dtype), q, input_precision="ieee") * scale
-        _store_tokens(dk_ptr + kv_base + head * D, dk, dk_offset, k_inside, D, BLOCK_D)
-        _store_tokens(dv_ptr + kv_base + head * D, dv, dk_offset, k_inside, D, BLOCK_D)
+        store_tokens(dk_ptr + kv_base + head * D, dk, dk_offset, k_inside, D, BLOCK_D)
+        store_tokens(dv_ptr + kv_base + head * D, dv, dk_offset, k_inside, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -437,11 +345,11 @@ def _dkv_walk_kernel(
     stat_base = (b * HEADS + head) * H * W
     q_ptr += b * q_stride_b + head * D
 
-    own_region, k_position, k_offset, k_inside, own_valid = _own_tile(
+    own_region, k_position, k_offset, k_inside, own_valid = own_tile(
         tile, KH, KW, KRH, KRW, kv_regions, kv_stride_h, kv_stride_w, False, BLOCK_N
     )  # fmt: skip
-    k = _load_tokens(k_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
-    v = _load_tokens(v_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
+    k = load_tokens(k_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
+    v = load_tokens(v_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
     graph = b * INDEX_HEADS + (head if INDEX_HEADS > 1 else 0)
     start_ptr = reader_start_ptr + graph * (kv_regions + 1) + kv_region
     begin = tl.load(start_ptr)
@@ -451,11 +359,11 @@ def _dkv_walk_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, total, BLOCK_M):
-        position, q_offset, q_inside, q_valid = _listed_tile(
+        position, q_offset, q_inside, q_valid = listed_tile(
             start + tl.arange(0, BLOCK_M), reader_ptr, total, H, W, RH, RW, q_stride_h, q_stride_w
         )  # fmt: skip
-        q = _load_tokens(q_ptr, q_offset, q_inside, D, BLOCK_D, True)
-        grad = _load_tokens(grad_ptr + out_base, position * (HEADS * D), q_inside, D, BLOCK_D, True)
+        q = load_tokens(q_ptr, q_offset, q_inside, D, BLOCK_D, True)
+        grad = load_tokens(grad_ptr + out_base, position * (HEADS * D), q_inside, D, BLOCK_D, True)
         stat = stat_base + position
         lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
         delta = tl.load(delta_ptr + stat, mask=q_inside, other=0.0)
@@ -466,8 +374,8 @@ def _dkv_walk_kernel(
 
     kv_base = b * KH * KW * (HEADS * D) + head * D
     dk_offset = k_position * (HEADS * D)
-    _store_tokens(dk_ptr + kv_base, dk * scale, dk_offset, k_inside, D, BLOCK_D)
-    _store_tokens(dv_ptr + kv_base, dv, dk_offset, k_inside, D, BLOCK_D)
+    store_tokens(dk_ptr + kv_base, dk * scale, dk_offset, k_inside, D, BLOCK_D)
+    store_tokens(dv_ptr + kv_base, dv, dk_offset, k_inside, D, BLOCK_D)
 
 
 # A tile kernel holds this many keys at most; longer lists are walked over.
