@@ -17,16 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels._rows import load_rows, store_rows
 from zoo.kernels.bilevel_routing.reference import region_grid
 from zoo.kernels.bilevel_routing.triton_routing import transpose_graph, unit_channels
 from zoo.kernels.bilevel_routing.triton_tiles import (
     all_keys,
     has_routed,
     listed_tile,
-    load_tokens,
     locate,
     own_tile,
-    store_tokens,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -95,23 +94,23 @@ def _forward_tile_kernel(
             keep = keep & has_routed(index_ptr, q_region, q_valid, k_region, topk, BLOCK_K)
         for i in tl.range(0, LOOP):
             head = group * LOOP + i
-            q = load_tokens(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
-            k = load_tokens(k_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
-            v = load_tokens(v_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+            q = load_rows(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
+            k = load_rows(k_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+            v = load_rows(v_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
             out, lse = _softmax_of_tile(q, k, v, keep, q_inside, scale * LOG2E, DENSE, EVEN)
-            store_tokens(out_ptr + head * D, out, position * (HEADS * D), q_inside, D, BLOCK_D)
+            store_rows(out_ptr + head * D, out, position * (HEADS * D), q_inside, D, BLOCK_D)
             tl.store(lse_ptr + head * H * W + position, lse, mask=q_inside)
     else:
-        k = load_tokens(k_ptr + group * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
-        v = load_tokens(v_ptr + group * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        k = load_rows(k_ptr + group * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        v = load_rows(v_ptr + group * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
         for start in tl.range(0, RH * RW, BLOCK_M):
             t = start + tl.arange(0, BLOCK_M)
             row, col = locate(t, tile, W, RH, RW)
             q_inside = (t < RH * RW) & (row < H) & (col < W)
             position, q_offset = row * W + col, row * q_stride_h + col * q_stride_w
-            q = load_tokens(q_ptr + group * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
+            q = load_rows(q_ptr + group * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
             out, lse = _softmax_of_tile(q, k, v, keep, q_inside, scale * LOG2E, DENSE, EVEN)
-            store_tokens(out_ptr + group * D, out, position * (HEADS * D), q_inside, D, BLOCK_D)
+            store_rows(out_ptr + group * D, out, position * (HEADS * D), q_inside, D, BLOCK_D)
             tl.store(lse_ptr + group * H * W + position, lse, mask=q_inside)
 
 
@@ -136,7 +135,7 @@ def _forward_walk_kernel(
     own_region, position, q_offset, q_inside, own_valid = own_tile(
         tile, H, W, RH, RW, regions, q_stride_h, q_stride_w, False, BLOCK_M
     )  # fmt: skip
-    q = load_tokens(q_ptr, q_offset, q_inside, D, BLOCK_D, not EVEN)
+    q = load_rows(q_ptr, q_offset, q_inside, D, BLOCK_D, not EVEN)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
@@ -146,8 +145,8 @@ def _forward_walk_kernel(
         k_position, k_offset, k_inside, keep = listed_tile(
             n, index_ptr, total, KH, KW, KRH, KRW, kv_stride_h, kv_stride_w
         )  # fmt: skip
-        k = load_tokens(k_ptr, k_offset, k_inside, D, BLOCK_D, not EVEN)
-        v = load_tokens(v_ptr, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        k = load_rows(k_ptr, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        v = load_rows(v_ptr, k_offset, k_inside, D, BLOCK_D, not EVEN)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)  # [BLOCK_M, BLOCK_N]
         if not EVEN:
             if MASK_PADDING:
@@ -163,7 +162,7 @@ def _forward_walk_kernel(
         top = new_top
 
     out_ptr += b * H * W * (HEADS * D) + head * D
-    store_tokens(out_ptr, acc / norm[:, None], position * (HEADS * D), q_inside, D, BLOCK_D)
+    store_rows(out_ptr, acc / norm[:, None], position * (HEADS * D), q_inside, D, BLOCK_D)
     tl.store(lse_ptr + (b * HEADS + head) * H * W + position, top + tl.log2(norm), mask=q_inside)
 
 
@@ -217,18 +216,18 @@ def _dq_tile_kernel(
 
     for i in tl.range(0, LOOP):
         head = group * LOOP + i
-        q = load_tokens(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
-        k = load_tokens(k_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
-        v = load_tokens(v_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
-        grad = load_tokens(grad_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, not EVEN)
-        out = load_tokens(out_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, not EVEN)
+        q = load_rows(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, not EVEN)
+        k = load_rows(k_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        v = load_rows(v_ptr + head * D, k_offset, k_inside, D, BLOCK_D, not EVEN)
+        grad = load_rows(grad_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, not EVEN)
+        out = load_rows(out_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, not EVEN)
         delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
         stat = (b * HEADS + head) * H * W + position
         tl.store(delta_ptr + stat, delta, mask=q_inside)
         lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
         _, ds = _softmax_gradient(q, k, grad, v, lse[:, None], delta[:, None], keep_pair, scale * LOG2E)
         dq = tl.dot(ds.to(k.dtype), k, input_precision="ieee") * scale
-        store_tokens(dq_ptr + out_base + head * D, dq, out_offset, q_inside, D, BLOCK_D)
+        store_rows(dq_ptr + out_base + head * D, dq, out_offset, q_inside, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -252,10 +251,10 @@ def _dq_walk_kernel(
     own_region, position, q_offset, q_inside, own_valid = own_tile(
         tile, H, W, RH, RW, regions, q_stride_h, q_stride_w, False, BLOCK_M
     )  # fmt: skip
-    q = load_tokens(q_ptr + b * q_stride_b + head * D, q_offset, q_inside, D, BLOCK_D, True)
+    q = load_rows(q_ptr + b * q_stride_b + head * D, q_offset, q_inside, D, BLOCK_D, True)
     out_offset = position * (HEADS * D)
-    grad = load_tokens(grad_ptr + out_base, out_offset, q_inside, D, BLOCK_D, True)
-    out = load_tokens(out_ptr + out_base, out_offset, q_inside, D, BLOCK_D, True)
+    grad = load_rows(grad_ptr + out_base, out_offset, q_inside, D, BLOCK_D, True)
+    out = load_rows(out_ptr + out_base, out_offset, q_inside, D, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     stat = (b * HEADS + head) * H * W + position
     tl.store(delta_ptr + stat, delta, mask=q_inside)
@@ -267,14 +266,14 @@ def _dq_walk_kernel(
         k_position, k_offset, k_inside, keep = listed_tile(
             n, index_ptr, total, KH, KW, KRH, KRW, kv_stride_h, kv_stride_w
         )  # fmt: skip
-        k = load_tokens(k_ptr, k_offset, k_inside, D, BLOCK_D, True)
-        v = load_tokens(v_ptr, k_offset, k_inside, D, BLOCK_D, True)
+        k = load_rows(k_ptr, k_offset, k_inside, D, BLOCK_D, True)
+        v = load_rows(v_ptr, k_offset, k_inside, D, BLOCK_D, True)
         if MASK_PADDING:
             keep = k_inside
         keep_pair = keep[None, :] & q_inside[:, None]
         _, ds = _softmax_gradient(q, k, grad, v, lse[:, None], delta[:, None], keep_pair, scale * LOG2E)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
-    store_tokens(dq_ptr + out_base, acc * scale, out_offset, q_inside, D, BLOCK_D)
+    store_rows(dq_ptr + out_base, acc * scale, out_offset, q_inside, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -309,18 +308,18 @@ def _dkv_tile_kernel(
 
     for i in tl.range(0, LOOP):
         head = group * LOOP + i
-        k = load_tokens(k_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
-        v = load_tokens(v_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
-        q = load_tokens(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, True)
-        grad = load_tokens(grad_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, True)
+        k = load_rows(k_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
+        v = load_rows(v_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
+        q = load_rows(q_ptr + head * D, q_offset, q_inside, D, BLOCK_D, True)
+        grad = load_rows(grad_ptr + out_base + head * D, out_offset, q_inside, D, BLOCK_D, True)
         stat = (b * HEADS + head) * H * W + position
         lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
         delta = tl.load(delta_ptr + stat, mask=q_inside, other=0.0)
         p, ds = _softmax_gradient(k, q, v, grad, lse[None, :], delta[None, :], keep_pair, scale * LOG2E)
         dv = tl.dot(p.to(grad.dtype), grad, input_precision="ieee")
         dk = tl.dot(ds.to(q.dtype), q, input_precision="ieee") * scale
-        store_tokens(dk_ptr + kv_base + head * D, dk, dk_offset, k_inside, D, BLOCK_D)
-        store_tokens(dv_ptr + kv_base + head * D, dv, dk_offset, k_inside, D, BLOCK_D)
+        store_rows(dk_ptr + kv_base + head * D, dk, dk_offset, k_inside, D, BLOCK_D)
+        store_rows(dv_ptr + kv_base + head * D, dv, dk_offset, k_inside, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -348,8 +347,8 @@ def _dkv_walk_kernel(
     own_region, k_position, k_offset, k_inside, own_valid = own_tile(
         tile, KH, KW, KRH, KRW, kv_regions, kv_stride_h, kv_stride_w, False, BLOCK_N
     )  # fmt: skip
-    k = load_tokens(k_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
-    v = load_tokens(v_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
+    k = load_rows(k_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
+    v = load_rows(v_ptr + b * kv_stride_b + head * D, k_offset, k_inside, D, BLOCK_D, True)
     graph = b * INDEX_HEADS + (head if INDEX_HEADS > 1 else 0)
     start_ptr = reader_start_ptr + graph * (kv_regions + 1) + kv_region
     begin = tl.load(start_ptr)
@@ -362,8 +361,8 @@ def _dkv_walk_kernel(
         position, q_offset, q_inside, q_valid = listed_tile(
             start + tl.arange(0, BLOCK_M), reader_ptr, total, H, W, RH, RW, q_stride_h, q_stride_w
         )  # fmt: skip
-        q = load_tokens(q_ptr, q_offset, q_inside, D, BLOCK_D, True)
-        grad = load_tokens(grad_ptr + out_base, position * (HEADS * D), q_inside, D, BLOCK_D, True)
+        q = load_rows(q_ptr, q_offset, q_inside, D, BLOCK_D, True)
+        grad = load_rows(grad_ptr + out_base, position * (HEADS * D), q_inside, D, BLOCK_D, True)
         stat = stat_base + position
         lse = tl.load(lse_ptr + stat, mask=q_inside, other=0.0)
         delta = tl.load(delta_ptr + stat, mask=q_inside, other=0.0)
@@ -374,8 +373,8 @@ def _dkv_walk_kernel(
 
     kv_base = b * KH * KW * (HEADS * D) + head * D
     dk_offset = k_position * (HEADS * D)
-    store_tokens(dk_ptr + kv_base, dk * scale, dk_offset, k_inside, D, BLOCK_D)
-    store_tokens(dv_ptr + kv_base, dv, dk_offset, k_inside, D, BLOCK_D)
+    store_rows(dk_ptr + kv_base, dk * scale, dk_offset, k_inside, D, BLOCK_D)
+    store_rows(dv_ptr + kv_base, dv, dk_offset, k_inside, D, BLOCK_D)
 
 
 # A tile kernel holds this many keys at most; longer lists are walked over.

@@ -1,4 +1,4 @@
-"""Tokens of regions in Triton: where they lie on the map, loads, stores, and the keys of a query region.
+"""Tokens of regions in Triton: where they lie on the map, and the keys of a query region.
 
 Region arithmetic divides by run-time region sizes through float32, exact for every index up to 2**20 and
 without a recompilation for each map size. Images are addressed in int64, tokens within an image in int32.
@@ -21,25 +21,6 @@ def locate(token, region, width, rh, rw):
     row = region_row * rh + token_row
     col = (region - region_row * grid_w) * rw + token - token_row * rw
     return row, col
-
-
-@triton.jit
-def load_tokens(ptr, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """[N, BLOCK_D] channels of one head at the given offsets, zero outside."""
-    d = tl.arange(0, BLOCK_D)
-    at = ptr + offset[:, None] + d[None, :]
-    if D < BLOCK_D:
-        return tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-    if MASKED:
-        return tl.load(at, mask=inside[:, None], other=0.0)
-    return tl.load(at)
-
-
-@triton.jit
-def store_tokens(ptr, value, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    mask = inside[:, None] & (d < D)[None, :] if D < BLOCK_D else inside[:, None]
-    tl.store(ptr + offset[:, None] + d[None, :], value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -25,27 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels._rows import load_rows, store_rows
 from zoo.kernels.halo.reference import Geometry, block_grid
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Where the running maximum starts: far below every logit and far above the -1e30 of keys that are left out. A maximum
 # among the latter would turn the rounding of their product with the scale, 1e22 and more, into an exponent.
 LOWEST = tl.constexpr(-1e20)
-
-
-@triton.jit
-def _load(ptr, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[N, BLOCK_D] channels of one head at the given offsets, zero outside."""
-    d = tl.arange(0, BLOCK_D)
-    mask = inside[:, None] & (d < D)[None, :] if D < BLOCK_D else inside[:, None]
-    return tl.load(ptr + offset[:, None] + d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(ptr, value, offset, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    mask = inside[:, None] & (d < D)[None, :] if D < BLOCK_D else inside[:, None]
-    tl.store(ptr + offset[:, None] + d[None, :], value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -79,8 +65,8 @@ def _window_tile(
     valid = n < WINDOW * WINDOW
     inside = valid & (row >= 0) & (row < H) & (col >= 0) & (col < W)
     offset = row * stride_h + col * stride_w
-    k = _load(ptr, offset, inside, DK, BLOCK_DK)
-    v = _load(ptr + DK, offset, inside, DV, BLOCK_DV)
+    k = load_rows(ptr, offset, inside, DK, BLOCK_DK, True)
+    v = load_rows(ptr + DK, offset, inside, DV, BLOCK_DV, True)
     y = tl.where(inside if MASK_BORDER else valid, y, BLOCK_J - 1)
     return k, v, _expansion(y, x, dtype, WINDOW, BLOCK_J)
 
@@ -94,8 +80,8 @@ def _table(
     N: tl.constexpr = WINDOW + SIDE - 1
     r = tl.arange(0, BLOCK_R)
     offset = (WINDOW - SIDE + r) * D
-    rows = _load(height_ptr, offset, r < N, D, BLOCK_D)
-    cols = _load(width_ptr, offset - N * D, (r >= N) & (r < 2 * N), D, BLOCK_D)
+    rows = load_rows(height_ptr, offset, r < N, D, BLOCK_D, True)
+    cols = load_rows(width_ptr, offset - N * D, (r >= N) & (r < 2 * N), D, BLOCK_D, True)
     return tl.where((r < N)[:, None], rows, cols)
 
 
@@ -185,7 +171,9 @@ def _halo_forward_kernel(
     table = _table(height_ptr, width_ptr, SIDE, WINDOW, DK, BLOCK_DK, BLOCK_R)
     for i in tl.range(0, LOOP):
         head = group * LOOP + i
-        q = _load(q_ptr + b * q_stride_b + head * DK, row * q_stride_h + col * q_stride_w, inside, DK, BLOCK_DK)
+        q = load_rows(
+            q_ptr + b * q_stride_b + head * DK, row * q_stride_h + col * q_stride_w, inside, DK, BLOCK_DK, True
+        )
         relative = _relative(
             q, table, _again(y, i, QH), _again(x, i, QH), factor, SIDE, WINDOW, MASKED, BLOCK_J, BLOCK_R
         )
@@ -213,7 +201,7 @@ def _halo_forward_kernel(
                 DK, DV, BLOCK_DK, BLOCK_DV, WINDOW, MASK_BORDER, TAIL, BLOCK_J,
             )  # fmt: skip
             top, norm, acc = _softmax_step(q, relative, k, v, expansion, top, norm, acc, scale * LOG2E)
-        _store(
+        store_rows(
             out_ptr + b * QH * QW * (HEADS * DV) + head * DV, acc / norm[:, None], position * (HEADS * DV), inside,
             DV, BLOCK_DV,
         )  # fmt: skip
@@ -265,10 +253,12 @@ def _halo_dq_kernel(
 
         y, x, row, col, inside = _queries(block_row, block_col, tile % TILES, QH, QW, SIDE, BLOCK_M)
         position = row * QW + col
-        q = _load(q_ptr + b * q_stride_b + head * DK, row * q_stride_h + col * q_stride_w, inside, DK, BLOCK_DK)
+        q = load_rows(
+            q_ptr + b * q_stride_b + head * DK, row * q_stride_h + col * q_stride_w, inside, DK, BLOCK_DK, True
+        )
         out_base = b * QH * QW * (HEADS * DV) + head * DV
-        out = _load(out_ptr + out_base, position * (HEADS * DV), inside, DV, BLOCK_DV)
-        do = _load(grad_ptr + out_base, position * (HEADS * DV), inside, DV, BLOCK_DV)
+        out = load_rows(out_ptr + out_base, position * (HEADS * DV), inside, DV, BLOCK_DV, True)
+        do = load_rows(grad_ptr + out_base, position * (HEADS * DV), inside, DV, BLOCK_DV, True)
         delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
         stat = (b * HEADS + head) * QH * QW
         tl.store(delta_ptr + stat + position, delta, mask=inside)
@@ -276,7 +266,7 @@ def _halo_dq_kernel(
         relative = _relative(
             q, table, _again(y, i, QH), _again(x, i, QH), factor, SIDE, WINDOW, MASKED, BLOCK_J, BLOCK_R
         )
-        _store(relative_ptr + stat * BLOCK_J, relative, position * BLOCK_J, inside, BLOCK_J, BLOCK_J)
+        store_rows(relative_ptr + stat * BLOCK_J, relative, position * BLOCK_J, inside, BLOCK_J, BLOCK_J)
 
         head_ptr = kv_ptr + b * kv_stride_b + head * (DK + DV)
         dq = tl.zeros([BLOCK_M, BLOCK_DK], tl.float32)
@@ -298,11 +288,11 @@ def _halo_dq_kernel(
         dproducts = _relative_gradient(dr * (scale * factor), y, x, SIDE, WINDOW, BLOCK_J, BLOCK_R).to(q.dtype)
         dq = tl.dot(dproducts, table, dq * scale, input_precision="ieee")
         dtable = tl.dot(tl.trans(dproducts), q, dtable, input_precision="ieee")
-        _store(dq_ptr + b * QH * QW * (HEADS * DK) + head * DK, dq, position * (HEADS * DK), inside, DK, BLOCK_DK)
+        store_rows(dq_ptr + b * QH * QW * (HEADS * DK) + head * DK, dq, position * (HEADS * DK), inside, DK, BLOCK_DK)
 
     REACHED: tl.constexpr = 2 * (WINDOW + SIDE - 1)
     r = tl.arange(0, BLOCK_R)
-    _store(
+    store_rows(
         dtable_ptr + tl.program_id(0).to(tl.int64) * (REACHED * DK), dtable, r * DK, r < REACHED, DK, BLOCK_DK
     )  # fmt: skip
 
@@ -345,8 +335,8 @@ def _halo_dkv_kernel(
     k_inside = (n < BLOCK * BLOCK) & (k_row >= 0) & (k_row < H) & (k_col >= 0) & (k_col < W)
     k_offset = k_row * kv_stride_h + k_col * kv_stride_w
     head_ptr = kv_ptr + b * kv_stride_b + head * (DK + DV)
-    k = _load(head_ptr, k_offset, k_inside, DK, BLOCK_DK)
-    v = _load(head_ptr + DK, k_offset, k_inside, DV, BLOCK_DV)
+    k = load_rows(head_ptr, k_offset, k_inside, DK, BLOCK_DK, True)
+    v = load_rows(head_ptr + DK, k_offset, k_inside, DV, BLOCK_DV, True)
 
     first_row, first_col = _first_block(top_row, BLOCK, HALO), _first_block(left_col, BLOCK, HALO)
     seen_cols = tl.minimum((left_col + BLOCK - 1 + HALO) // BLOCK, cols - 1) - first_col + 1
@@ -359,10 +349,12 @@ def _halo_dkv_kernel(
         block_row, block_col = first_row + block // seen_cols, first_col + block % seen_cols
         y, x, row, col, inside = _queries(block_row, block_col, i % TILES, QH, QW, SIDE, BLOCK_M)
         position = row * QW + col
-        q = _load(q_ptr + b * q_stride_b + head * DK, row * q_stride_h + col * q_stride_w, inside, DK, BLOCK_DK)
+        q = load_rows(
+            q_ptr + b * q_stride_b + head * DK, row * q_stride_h + col * q_stride_w, inside, DK, BLOCK_DK, True
+        )
         out_base = b * QH * QW * (HEADS * DV) + head * DV
-        do = _load(grad_ptr + out_base, position * (HEADS * DV), inside, DV, BLOCK_DV)
-        relative = _load(relative_ptr + stat * BLOCK_J, position * BLOCK_J, inside, BLOCK_J, BLOCK_J)
+        do = load_rows(grad_ptr + out_base, position * (HEADS * DV), inside, DV, BLOCK_DV, True)
+        relative = load_rows(relative_ptr + stat * BLOCK_J, position * BLOCK_J, inside, BLOCK_J, BLOCK_J, True)
         lse = tl.load(lse_ptr + stat + position, mask=inside, other=0.0)
         delta = tl.load(delta_ptr + stat + position, mask=inside, other=0.0)
 
@@ -380,8 +372,8 @@ def _halo_dkv_kernel(
 
     dkv_ptr += b * H * W * (HEADS * (DK + DV)) + head * (DK + DV)
     offset = (k_row * W + k_col) * (HEADS * (DK + DV))
-    _store(dkv_ptr, dk * scale, offset, k_inside, DK, BLOCK_DK)
-    _store(dkv_ptr + DK, dv, offset, k_inside, DV, BLOCK_DV)
+    store_rows(dkv_ptr, dk * scale, offset, k_inside, DK, BLOCK_DK)
+    store_rows(dkv_ptr + DK, dv, offset, k_inside, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=["parts"])

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels._rows import load_rows, store_rows
 from zoo.kernels.tile_sparse.patterns import MULTI_DIAGONAL, Layout
-from zoo.kernels.tile_sparse.triton_walk import load_rows, places, store_rows
+from zoo.kernels.tile_sparse.triton_walk import places
 
 _MULTI_DIAGONAL = tl.constexpr(MULTI_DIAGONAL)
 # Tiles in the ring of the kernel, by head dimension and keys of a tile: the fastest of those tried on an H100.

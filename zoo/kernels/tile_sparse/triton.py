@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels._rows import load_rows, store_rows
 from zoo.kernels.tile_sparse import hopper
 from zoo.kernels.tile_sparse.patterns import MULTI_DIAGONAL, SKIP, STRIPE, Layout, PatternTable
 from zoo.kernels.tile_sparse.reference import empty_output
 from zoo.kernels.tile_sparse.triton_fp8 import round_keys, to_fp8
-from zoo.kernels.tile_sparse.triton_walk import LOG2E, load_pattern, load_rows, own_tile, places, reach, store_rows
+from zoo.kernels.tile_sparse.triton_walk import LOG2E, load_pattern, own_tile, places, reach
 
 # A width that no two positions are apart.
 ALL = tl.constexpr(2**30)

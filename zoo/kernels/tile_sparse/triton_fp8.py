@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels._rows import load_rows, store_rows
 from zoo.kernels.tile_sparse.fp8 import FP8, MAX, TINY, key_mean
 from zoo.kernels.tile_sparse.patterns import MULTI_DIAGONAL, Layout, PatternTable
-from zoo.kernels.tile_sparse.triton_walk import load_pattern, load_rows, places, store_rows
+from zoo.kernels.tile_sparse.triton_walk import load_pattern, places
 
 _MAX, _TINY, _MULTI_DIAGONAL = tl.constexpr(MAX), tl.constexpr(TINY), tl.constexpr(MULTI_DIAGONAL)
 
