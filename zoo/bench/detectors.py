@@ -31,7 +31,7 @@ KERNEL_GROUPS = (
     ("voxels", r"_(point_features|segment_max|finish)_kernel"),
     (
         "sorting and indices",
-        r"sort|radix|_(key|first|table|number|output_key|site|pillar|tap_bits|tiles|neighbour)_kernel",
+        r"sort|radix|_(key|first|table|number|site|pillar|tap_bits|tiles|neighbour)_kernel",
     ),
     *models.KERNEL_GROUPS,
 )

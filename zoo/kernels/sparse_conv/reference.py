@@ -152,27 +152,33 @@ def sparse_depthwise_weight_gradient(grad: Tensor, x: Tensor, table: Tensor, tap
 
 def pillar_max(x: Tensor, rows: Tensor) -> Tensor:
     """Maximum of each pillar's sites and 0, [P, C]; see `pillars.pillar_max`."""
-    return _of_cells(x, rows).max(1).values.relu()
+    return _of_cells(x, _cells_of(len(x), rows), rows.shape).max(1).values.relu()
 
 
-def _of_cells(x: Tensor, rows: Tensor) -> Tensor:
+def _cells_of(sites: int, rows: Tensor) -> Tensor:
+    """int64 [sites] the cell of each site, counted over all pillars; P * Z for a site of no pillar."""
+    cells = rows.new_full((sites + 1,), rows.numel())
+    cells[rows.flatten()] = torch.arange(rows.numel(), device=rows.device)
+    return cells[:-1]
+
+
+def _of_cells(x: Tensor, cells: Tensor, shape: Sequence[int]) -> Tensor:
     """Rows of sites [N, C] in the cells of their pillars [P, Z, C], zeros between.
 
     Sites are written to their cells, as each lies in one at most. Reading them from there gives the same values, but a
     gradient that adds up the reads of the row of zeros, most cells being empty, one by one.
     """
-    cells = rows.new_full((len(x) + 1,), rows.numel())
-    cells[rows.flatten()] = torch.arange(rows.numel(), device=rows.device)
     # Sites of no pillar, if any, meet in a last row, which is dropped.
-    out = x.new_zeros(rows.numel() + 1, x.shape[1]).index_copy(0, cells[:-1], x)
-    return out[:-1].unflatten(0, rows.shape)
+    out = x.new_zeros(shape[0] * shape[1] + 1, x.shape[1]).index_copy_(0, cells, x)
+    return out[:-1].unflatten(0, tuple(shape))
 
 
 def pillar_attention(q: Tensor, k: Tensor, v: Tensor, place: Tensor, rows: Tensor, heads: int) -> Tensor:
     """Attention of one query a pillar to its sites, [P, C]; see `pillars.pillar_attention`."""
     size = heads, q.shape[1] // heads
     # Sites and heights are added after both were projected: few of a pillar's cells hold a site.
-    keys = _of_cells(k, rows) + place  # [P, Z, C]
+    cells = _cells_of(len(k), rows)
+    keys = _of_cells(k, cells, rows.shape) + place  # [P, Z, C]
     # One query a pillar is too little for a matrix product.
     logits = (q[:, None] * keys).unflatten(-1, size).sum(-1) * size[1] ** -0.5  # [P, Z, M]
     empty = rows == len(k)
@@ -180,4 +186,4 @@ def pillar_attention(q: Tensor, k: Tensor, v: Tensor, place: Tensor, rows: Tenso
     empty = empty & ~empty.all(1, keepdim=True)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     shares = logits.masked_fill(empty[..., None], float("-inf")).softmax(1).to(v.dtype)
-    return (shares[..., None] * _of_cells(v, rows).unflatten(-1, size)).sum(1).flatten(1)
+    return (shares[..., None] * _of_cells(v, cells, rows.shape).unflatten(-1, size)).sum(1).flatten(1)
