@@ -11,6 +11,10 @@ def nan_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(x: torch.Tensor) -> torch.Tensor:
         return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-(2**30))
 
+    with torch.device("cpu"):
+        # torch lists the functions that obey a device context once, at the first call inside one: were that list made
+        # from the functions below, `torch.device("meta")` would have no effect in the rest of this process.
+        torch.empty(0)
     empty, empty_like = torch.empty, torch.empty_like
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: fill(empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: fill(empty_like(*args, **kwargs)))
