@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -150,6 +154,23 @@ def test_graphs_need_a_gpu():
     job = models.Job("test_vit", 1, 32, torch.float32, "inference", "graph", False, torch.device("cpu"))
     with pytest.raises(ValueError, match="needs a GPU"):
         models.build(job)
+
+
+def test_graphs_keep_what_they_read(monkeypatch):
+    kept = []
+
+    def recorded(step):
+        kept.append(weakref.ref(step))
+        return Mock(), step()
+
+    monkeypatch.setattr(models, "record", recorded)
+    monkeypatch.setattr(models, "_eager_step", lambda job: lambda: torch.zeros(1))
+    step = models.build(models.Job("test_vit", 1, 32, torch.float32, "train", "graph", False, torch.device("cuda", 0)))
+    gc.collect()
+    assert step() == 0 and kept[0]() is not None
+    del step
+    gc.collect()
+    assert kept[0]() is None
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -91,13 +91,20 @@ def build(job: Job) -> Callable[[], Any]:
     step = _eager_step(job)
     if job.compile != "graph":
         return step
-    graph, out = record(step)
+    return Replay(*record(step), step)
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return out
 
-    return replay
+class Replay(NamedTuple):
+    """A recorded step."""
+
+    graph: torch.cuda.CUDAGraph
+    out: torch.Tensor
+    # Holds the model and its inputs: a graph reads their memory without keeping them alive.
+    step: Callable[[], Any]
+
+    def __call__(self) -> torch.Tensor:
+        self.graph.replay()
+        return self.out
 
 
 def _eager_step(job: Job) -> Callable[[], Any]:
@@ -110,8 +117,10 @@ def _eager_step(job: Job) -> Callable[[], Any]:
     if job.channels_last:
         model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
     forward = model if job.compile in ("none", "graph") else torch.compile(model, mode=job.compile)
-    # float32 needs no autocast.
-    autocast = torch.autocast(job.device.type, job.dtype, enabled=job.dtype != torch.float32)
+    # float32 needs no autocast. A graph would go on reading the casts that its warm-up cached, long after they are gone.
+    autocast = torch.autocast(
+        job.device.type, job.dtype, enabled=job.dtype != torch.float32, cache_enabled=job.compile != "graph"
+    )
 
     if job.mode == "inference":
 
