@@ -129,6 +129,7 @@ def plot(rows: list[dict[str, str]], target: Path) -> Path:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     panels = list(dict.fromkeys((row["mode"], row["dtype"], row["device"]) for row in rows))
     figure = Figure(figsize=(11, 4.2 * len(panels)), layout="constrained")
@@ -146,6 +147,9 @@ def plot(rows: list[dict[str, str]], target: Path) -> Path:
             axis.set_xlabel("pixels along a side")
             axis.set_ylabel(label)
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+            axis.tick_params(axis="y", which="both", labelsize=8)
             axis.set_title(" | ".join(panel), fontsize=9)
         pair[0].legend(fontsize=7)
     figure.savefig(target, dpi=100)
