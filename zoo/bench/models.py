@@ -117,7 +117,7 @@ def _eager_step(job: Job) -> Callable[[], Any]:
     if job.channels_last:
         model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
     forward = model if job.compile in ("none", "graph") else torch.compile(model, mode=job.compile)
-    # float32 needs no autocast. A graph would go on reading the casts that its warm-up cached, long after they are gone.
+    # float32 needs no autocast. A graph would go on reading casts that its warm-up cached, long after they are gone.
     autocast = torch.autocast(
         job.device.type, job.dtype, enabled=job.dtype != torch.float32, cache_enabled=job.compile != "graph"
     )
