@@ -25,8 +25,7 @@ def _pack(block: Tensor | None, row: Tensor | None, column: Tensor | None, extra
 
 def _unpack(bias: AgentBias | None, like: Tensor) -> list[Tensor]:
     """The four tensors of a bias gradient, empty where there is none: ops return no optional tensors."""
-    bias = (None,) * 4 if bias is None else bias
-    return [like.new_empty(0) if x is None else x.clone(memory_format=torch.contiguous_format) for x in bias]
+    return [like.new_empty(0) if x is None else x for x in bias or (None,) * 4]
 
 
 @torch.library.custom_op("zoo::agent_attention", mutates_args=(), device_types="cuda")
@@ -84,8 +83,8 @@ def _(
     *grads, d_key_bias, d_query_bias = reference.agent_attention_backward(
         grad, q, agents, k, v, heads, grid, key_grid, _pack(kb, kr, kc, ke), _pack(qb, qr, qc, qe), scale, query_scale
     )  # fmt: skip
-    grads = [g.clone(memory_format=torch.contiguous_format) for g in grads]
-    return [*grads, *_unpack(d_key_bias, q), *_unpack(d_query_bias, q)]
+    grads = [*grads, *_unpack(d_key_bias, q), *_unpack(d_query_bias, q)]
+    return [g.clone(memory_format=torch.contiguous_format) for g in grads]
 
 
 @_attention_backward.register_fake

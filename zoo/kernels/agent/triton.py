@@ -514,13 +514,14 @@ def _backward_keys(grad, delta, k, v, agents, lse, bias, scale: float, p: Plan, 
     return dk, dv, dbias
 
 
+def _zeros(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+
+
 def _zero_gradients(tensors: tuple[Tensor, ...], biases: tuple[AgentBias | None, ...]) -> tuple:
     """What a problem without queries gives."""
-    zeros = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
-    for bias in biases:
-        parts = () if bias is None else (None if x is None else torch.zeros_like(x) for x in bias)
-        zeros.append(None if bias is None else AgentBias(*parts))
-    return tuple(zeros)
+    bias_zeros = (None if bias is None else AgentBias(*map(_zeros, bias)) for bias in biases)
+    return *map(_zeros, tensors), *bias_zeros
 
 
 def backward(
