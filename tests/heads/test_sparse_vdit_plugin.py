@@ -241,18 +241,6 @@ def test_tokens_that_do_not_fit_the_grid_are_dense() -> None:
         assert torch.equal(tiny(), dense)
 
 
-def test_parallel_models_are_dense() -> None:
-    """diffusers marks the processors of a model whose sequence or heads are split over devices."""
-    tiny = build("wan")
-    with sparse_vdit.use(tiny.model, tiny.plan()) as handle:
-        tiny()
-        processor = handle.hook.processors[0]
-        assert processor.is_sparse(60)
-        processor._parallel_config = object()
-        with pytest.warns(UserWarning, match="parallelism"):
-            assert not processor.is_sparse(60)
-
-
 def blocks_plan(tiny):
     patterns = [*PATTERNS, {"pattern": "vertical_stripe", "blocks": [0, 6], "block_size": 8}]
     assign = [[[5] * HEADS] * 2]

@@ -132,11 +132,10 @@ class Step:
         self.recorder = None
         self.warned = False
 
-    def attention(self, processor, q: Tensor, k: Tensor, v: Tensor, text_length: Tensor | None) -> Tensor:
-        """Attention of one layer, `[B, M, S, D]`."""
+    def attention(self, layer: int, ids: Tensor, q: Tensor, k: Tensor, v: Tensor, text_length: Tensor | None) -> Tensor:
+        """Attention of one layer whose heads have the patterns `ids` `[M]`, `[B, M, S, D]`."""
         if self.recorder is not None:
-            return self.recorder.attention(processor.layer, q, k, v, self, text_length)
-        ids = processor.pattern_ids
+            return self.recorder.attention(layer, q, k, v, self, text_length)
         if ids.device != q.device:
             ids = ids.to(q.device)
         table = self.table

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+from diffusers.models.attention_dispatch import SeqAllToAllDim
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, MochiAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
@@ -47,20 +48,47 @@ class SparseProcessor:
         self.active = False
         self.pattern_ids: Tensor | None = None
 
+    @property
+    def parallel(self):
+        """diffusers' configuration of context parallelism, None without it."""
+        return None if self._parallel_config is None else self._parallel_config.context_parallel_config
+
     def is_sparse(self, tokens: int) -> bool:
-        """Whether a joint sequence of so many tokens takes the sparse path in this pass."""
+        """Whether a joint sequence of so many tokens on this device takes the sparse path in this pass."""
         if not self.active:
             return False
-        if self._parallel_config is not None:
-            self.step.warn("context or tensor parallelism is on, which splits sequences or heads over devices")
-            return False
+        if self.parallel is not None:
+            reason = self._obstacle()
+            if reason is not None:
+                self.step.warn(reason)
+                return False
+            tokens *= self.parallel.ulysses_degree
         if tokens != self.step.tokens:
             self.step.warn(f"an attention has {tokens} tokens where the token grid has {self.step.tokens}")
             return False
         return True
 
+    def _obstacle(self) -> str | None:
+        """Why context parallelism and patterns do not go together here, None where each device can take some heads."""
+        config = self.parallel
+        if config.ring_degree > 1:
+            return "ring attention splits the keys of a head over devices; Ulysses (ulysses_degree) does not"
+        if config.ulysses_anything:
+            return "ulysses_anything pads heads and sequences"
+        if self.step.layout.text:
+            return "context parallelism splits video and text apart"
+        if self.step.recorder is not None:
+            raise ValueError(
+                "A search measures all heads on one device, and context parallelism is on. Search without it; the plan "
+                "can be applied to the parallel model."
+            )
+        return None
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, text_length: Tensor | None = None) -> Tensor:
         """Attention with this pass's pattern of each head.
+
+        Under Ulysses parallelism a device holds a part of the sequence. Devices exchange parts for heads, each attends
+        with the patterns of its own heads, and they exchange back.
 
         Args:
             q, k, v: `[B, S, M, D]`, in the model's order of the joint sequence.
@@ -69,10 +97,19 @@ class SparseProcessor:
         Returns:
             `[B, S, M * D]`, dtype of `q`.
         """
+        ids, parallel = self.pattern_ids, self.parallel
+        if parallel is not None:
+            group = parallel._ulysses_mesh.get_group()
+            # [B, S / P, M, D] -> [B, S, M / P, D]
+            q, k, v = (SeqAllToAllDim.apply(group, x, 2, 1) for x in (q, k, v))
+            ids = ids.chunk(parallel.ulysses_degree)[parallel._ulysses_local_rank]
         # [B, S, M, D] -> [B, M, S, D]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = self.step.attention(self, q, k, v, text_length)
-        return out.transpose(1, 2).flatten(2, 3).to(q.dtype)
+        out = self.step.attention(self.layer, ids, *(x.transpose(1, 2) for x in (q, k, v)), text_length)
+        out = out.transpose(1, 2).to(q.dtype)
+        if parallel is not None:
+            # [B, S, M / P, D] -> [B, S / P, M, D]
+            out = SeqAllToAllDim.apply(group, out, 1, 2)
+        return out.flatten(2, 3)
 
 
 class SparseWanProcessor(SparseProcessor, WanAttnProcessor):
