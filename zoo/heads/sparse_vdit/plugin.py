@@ -89,9 +89,9 @@ def apply_plan(
 
     The model keeps its weights, its class and its state dict. Caches, offloading, adapters, `set_attention_backend`
     (for dense layers) and compilation of blocks work as before. Apply a plan after `fuse_qkv_projections` of CogVideoX,
-    which replaces all processors, and before `torch.compile` of the whole model. Under diffusers' Ulysses parallelism (Wan
-    and LTX-Video) each device attends with the patterns of its own heads; other ways to divide a sequence run dense with
-    one warning.
+    which replaces all processors, and before `torch.compile` of the whole model. Under diffusers' Ulysses parallelism
+    (Wan and LTX-Video) each device attends with the patterns of its own heads; other ways of splitting run dense,
+    with one warning.
 
     Args:
         pipe: A pipeline, or its transformer: CogVideoX 1.0 and 1.5, HunyuanVideo, LTX-Video, Mochi, Wan 2.1 and 2.2.
