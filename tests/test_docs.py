@@ -98,6 +98,19 @@ def test_links_lead_somewhere(page):
         assert reference in documented(), f"{reference} is on no page of the API"
 
 
+def test_tables_of_models_are_whole():
+    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    models, speed = hooks.models_table().splitlines(), hooks.speed_table().splitlines()
+    for lines in (models, speed):
+        assert len({line.count("|") for line in lines}) == 1
+    assert [line.split("`")[1] for line in models[2:]] == zoo.list_models()
+    assert {"biformer_tiny", "agent_swin_tiny", "favit_b1", "halo_h0"} <= {line.split("`")[1] for line in speed[2:]}
+    markers = re.findall("<!-- .+ -->", (DOCS / "models.md").read_text())
+    assert markers == ["<!-- models -->", "<!-- speed -->"]
+
+
 @pytest.mark.parametrize(("module", "members"), api_entries().items(), ids=list(api_entries()))
 def test_the_api_exists_and_has_docstrings(module, members):
     found = importlib.import_module(module)

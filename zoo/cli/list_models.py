@@ -38,13 +38,18 @@ def model_table(infos: list):
     table.add_column("input", justify="right")
     table.add_column("weights")
     for info in infos:
-        weights = "\n".join(describe_weights(w) for w in info.weights) or ("convert" if info.get_weights else "none")
-        size = "x".join(map(str, info.input_size[1:]))
-        table.add_row(info.name, f"{info.params / 1e6:.2f}", f"{info.gmacs:.2f}", size, weights)
+        table.add_row(*model_cells(info))
     return table
 
 
-def describe_weights(weights) -> str:
-    """Return the tag of a `WeightsInfo` with its measured results."""
+def model_cells(info) -> tuple[str, ...]:
+    """Name, parameters in millions, GMACs, input and weights of a `ModelInfo`, as text."""
+    weights = ", ".join(describe_weights(w, 1) for w in info.weights) or ("convert" if info.get_weights else "none")
+    size = "x".join(map(str, info.input_size[1:]))
+    return info.name, f"{info.params / 1e6:.2f}", f"{info.gmacs:.2f}", size, weights
+
+
+def describe_weights(weights, most: int | None = None) -> str:
+    """Return the tag of a `WeightsInfo` with its measured results, or with the first of them."""
     tag = weights.name.partition(".")[2] or "default"
-    return " ".join([tag, *(f"{key} {value:g}" for key, value in weights.metrics.items())])
+    return " ".join([tag, *(f"{key} {value:g}" for key, value in list(weights.metrics.items())[:most])])
