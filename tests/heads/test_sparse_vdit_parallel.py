@@ -84,6 +84,7 @@ def configure(handle, **settings) -> None:
     [
         ("wan", dict(ring_degree=2), "ring attention"),
         ("wan", dict(ulysses_degree=2, ulysses_anything=True), "pads heads"),
+        ("wan", dict(ulysses_degree=3), "4 heads do not divide"),
         ("hunyuan", dict(ulysses_degree=2), "splits video and text"),
     ],
 )

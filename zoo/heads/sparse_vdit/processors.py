@@ -75,6 +75,8 @@ class SparseProcessor:
             return "ring attention splits the keys of a head over devices; Ulysses (ulysses_degree) does not"
         if config.ulysses_anything:
             return "ulysses_anything pads heads and sequences"
+        if len(self.pattern_ids) % config.ulysses_degree:
+            return f"{len(self.pattern_ids)} heads do not divide over ulysses_degree={config.ulysses_degree} devices"
         if self.step.layout.text:
             return "context parallelism splits video and text apart"
         if self.step.recorder is not None:
