@@ -265,8 +265,8 @@ def installed(model: nn.Module, plan: SparsePlan, provider: str, device: torch.d
     from zoo.heads.sparse_vdit.plugin import _install
 
     class TimedStep(Step):
-        def attention(self, processor, q, k, v, text_length):
-            return torch.ops.zoo_bench.video_attention(q, k, v, processor.pattern_ids, text_length)
+        def attention(self, layer, ids, q, k, v, text_length):
+            return torch.ops.zoo_bench.video_attention(q, k, v, ids, text_length)
 
     # The kernels, where there is a GPU, whether or not "auto" takes them.
     backend = "triton" if device.type == "cuda" else "auto"
