@@ -51,10 +51,15 @@ def speed_table() -> str:
     return table(
         ("model", "provider", *MODES, "GPU"),
         (
-            (f"`{name}`", provider, *(f"{float(last[name, provider, mode]['p50']):,.0f}" for mode in MODES), gpu)
+            (f"`{name}`", provider, *(rate(last.get((name, provider, mode))) for mode in MODES), gpu)
             for (name, provider), gpu in gpus.items()
         ),
     )
+
+
+def rate(row: dict[str, str] | None) -> str:
+    """Images per second, or nothing where it was not measured or did not fit."""
+    return f"{float(row['p50']):,.0f}" if row and row["p50"] else ""
 
 
 def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -99,11 +99,8 @@ def test_what_runs_dense(name, settings, reason) -> None:
             assert not first.is_sparse(handle.hook.step.tokens)
 
 
-def test_a_search_needs_all_heads() -> None:
+def test_a_search_needs_one_device() -> None:
     tiny = build("wan")
-    with sparse_vdit.use(tiny.model, tiny.plan()) as handle:
-        tiny()
-        handle.hook.step.recorder = object()
-        configure(handle, ulysses_degree=2)
-        with pytest.raises(ValueError, match="Search without it"):
-            handle.hook.processors[0].is_sparse(handle.hook.step.tokens // 2)
+    tiny.model._parallel_config = SimpleNamespace()
+    with pytest.raises(ValueError, match="Search on one device"):
+        sparse_vdit.search(tiny.model, [tiny.inputs], density=0.5)

@@ -11,7 +11,7 @@ from torch import Tensor
 from zoo.heads.sparse_vdit.context import Step, family_of
 from zoo.heads.sparse_vdit.plan import uniform_plan
 from zoo.heads.sparse_vdit.plugin import _install, describe_model
-from zoo.heads.sparse_vdit.search import _arguments, _check_prompts, _uncompiled
+from zoo.heads.sparse_vdit.search import _arguments, _check_prompts, _plain_transformer
 from zoo.kernels.tile_sparse import DEFAULT_TILE, Layout, tile_sparse_attention
 
 
@@ -112,7 +112,7 @@ def calibrate_blocks(
     _check_prompts(pipe, prompts)
     if not 0 < share <= 1 or rows < 1:
         raise ValueError(f"share must lie in (0, 1] and rows be positive, got {share} and {rows}.")
-    model = _uncompiled(pipe, component)
+    model = _plain_transformer(pipe, component)
     first = uniform_plan(describe_model(model), family_of(model).text_position, tile=tile)
     seed = None if generator is None else generator.initial_seed()
     step, recorder = Step(backend), ColumnMass(rows, backend)

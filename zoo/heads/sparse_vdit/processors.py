@@ -79,11 +79,6 @@ class SparseProcessor:
             return f"{len(self.pattern_ids)} heads do not divide over ulysses_degree={config.ulysses_degree} devices"
         if self.step.layout.text:
             return "context parallelism splits video and text apart"
-        if self.step.recorder is not None:
-            raise ValueError(
-                "A search measures all heads on one device, and context parallelism is on. Search without it; the plan "
-                "can be applied to the parallel model."
-            )
         return None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, text_length: Tensor | None = None) -> Tensor:

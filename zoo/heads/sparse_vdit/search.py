@@ -113,7 +113,7 @@ def search(
         raise ValueError(f"candidates must be 1 to {MAX_PATTERNS - 1} patterns, got {len(candidates)}.")
     if costs is not None and (time is None or len(costs) != len(candidates)):
         raise ValueError("costs go with a target time, and are one number for each candidate.")
-    model = _uncompiled(pipe, component)
+    model = _plain_transformer(pipe, component)
     family, described = family_of(model), describe_model(model)
     if not 0 <= dense_layers < len(described["layers"]):
         raise ValueError(f"dense_layers must be less than the {len(described['layers'])} layers, got {dense_layers}.")
@@ -179,12 +179,17 @@ def _check_settings(method: str, target: float, bins: int | str, dense_steps: fl
         raise ValueError(f"dense_steps must be a share of the steps in [0, 1), got {dense_steps}.")
 
 
-def _uncompiled(pipe: Any, component: str) -> nn.Module:
-    """The transformer, refused if it or a block of it is compiled."""
+def _plain_transformer(pipe: Any, component: str) -> nn.Module:
+    """The transformer, refused if it or a block of it is compiled, or its work is divided over devices."""
     model = transformer_of(pipe, component)
     wrapped = hasattr(pipe if isinstance(pipe, nn.Module) else getattr(pipe, component), "_orig_mod")
     if wrapped or any(module._compiled_call_impl is not None for module in model.modules()):
         raise ValueError("The transformer is compiled. Search first, then compile: measuring breaks its graphs.")
+    if getattr(model, "_parallel_config", None) is not None:
+        raise ValueError(
+            "The transformer is divided over devices (enable_parallelism). Search on one device, where all heads and tokens "
+            "are; the plan can be applied to the parallel model."
+        )
     return model
 
 
