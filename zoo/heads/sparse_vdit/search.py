@@ -187,8 +187,8 @@ def _plain_transformer(pipe: Any, component: str) -> nn.Module:
         raise ValueError("The transformer is compiled. Search first, then compile: measuring breaks its graphs.")
     if getattr(model, "_parallel_config", None) is not None:
         raise ValueError(
-            "The transformer is divided over devices (enable_parallelism). Search on one device, where all heads and tokens "
-            "are; the plan can be applied to the parallel model."
+            "The transformer is divided over devices (enable_parallelism). Search on one device, where all heads and "
+            "tokens are; the plan can be applied to the parallel model."
         )
     return model
 
