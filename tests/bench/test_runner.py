@@ -205,3 +205,20 @@ def test_gpu_columns(toy, tmp_path):
         assert row["metric"] == "gpu_time"
         assert float(row["memory_mib"]) > 0
         assert float(row["roofline_percent"]) >= 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_op_that_waits_has_wall_times(toy, tmp_path):
+    """The capture fails; what comes after it is measured all the same."""
+
+    def waits(inputs):
+        torch.cuda.synchronize()
+        return inputs["x"] ** 2
+
+    assert main([toy(waits), "--quick", "--out", str(tmp_path)]) == 0
+    metrics = {(row["mode"], row["provider"]): row["metric"] for row in rows_of(tmp_path / "toy.csv")}
+    modes = ("forward", "forward+backward")
+    assert metrics == {
+        (mode, name): metric for mode in modes for name, metric in (("zoo", "wall_time"), ("plain", "gpu_time"))
+    }

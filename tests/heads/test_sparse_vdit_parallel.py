@@ -1,4 +1,4 @@
-"""Plans under diffusers' context parallelism: in two processes on the CPU, and what runs dense instead."""
+"""Plans under diffusers' context parallelism: in two processes, on the CPU or two GPUs, and what runs dense instead."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from zoo.heads import sparse_vdit
 
 from .sparse_vdit_models import build
 
-TOLERANCE = dict(rtol=1e-5, atol=2e-6)
+TOLERANCE = {"cpu": dict(rtol=1e-5, atol=2e-6), "cuda": dict(rtol=5e-3, atol=5e-3)}
+# The kernels have no smaller tiles.
+TILE = {"cpu": (16, 8), "cuda": (16, 16)}
 
 
-def split(tiny) -> None:
+def split(tiny, device: str) -> None:
     """Give each of two processes half of the tokens, outside of attention, and half of the heads within."""
-    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("ring", "ulysses"))
+    mesh = dist.init_device_mesh(device, (1, 2), mesh_dim_names=("ring", "ulysses"))
     # diffusers counts accelerators also where it is given a mesh of none.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.accelerator, "device_count", lambda: 1)
@@ -32,22 +34,24 @@ def gradient(tiny, plan) -> torch.Tensor:
     return tiny.model.get_submodule(plan.layers[0]).to_v.weight.grad
 
 
-def check_heads_over_processes(name: str, plan_first: bool) -> None:
+def check_heads_over_processes(name: str, device: str, plan_first: bool) -> None:
     tiny, alone = build(name), build(name)
     for model in (tiny, alone):
+        model.model.to(device)
         # Text may be split too, and 9 tokens do not go into halves; its mask stock LTX-Video cannot split.
         model.inputs["encoder_hidden_states"] = model.inputs["encoder_hidden_states"][:, :8]
         if "encoder_attention_mask" in model.inputs:
             model.inputs["encoder_attention_mask"] = None
-    dense, plan = alone(), alone.plan()
+        model.inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in model.inputs.items()}
+    dense, plan = alone(), alone.plan(tile=TILE[device])
     with sparse_vdit.use(alone.model, plan):
         sparse, expected = alone(), gradient(alone, plan)
     if not plan_first:
-        split(tiny)
+        split(tiny, device)
     with sparse_vdit.use(tiny.model, plan) as handle:
         if plan_first:
-            split(tiny)
-        torch.testing.assert_close(tiny(), sparse, **TOLERANCE)
+            split(tiny, device)
+        torch.testing.assert_close(tiny(), sparse, **TOLERANCE[device])
         assert all(p.active and p.parallel is not None for p in handle.hook.processors)
         # Stock LTX-Video has no gradients in parallel.
         if name == "wan":
@@ -55,20 +59,27 @@ def check_heads_over_processes(name: str, plan_first: bool) -> None:
             found = gradient(tiny, plan)
             dist.all_reduce(found)
             torch.testing.assert_close(found / found.norm(), expected / expected.norm(), rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(tiny(), dense, **TOLERANCE)
+    torch.testing.assert_close(tiny(), dense, **TOLERANCE[device])
 
 
-def process(rank: int, meeting: str) -> None:
+def process(rank: int, meeting: str, device: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("error", "Sparse attention is off")
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    check_heads_over_processes("wan", plan_first=False)
-    check_heads_over_processes("ltx", plan_first=True)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=2)
+    check_heads_over_processes("wan", device, plan_first=False)
+    check_heads_over_processes("ltx", device, plan_first=True)
     dist.destroy_process_group()
 
 
-def test_heads_over_processes(tmp_path) -> None:
-    mp.spawn(process, (str(tmp_path / "meeting"),), nprocs=2)
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, two_gpus])])
+def test_heads_over_processes(device, tmp_path) -> None:
+    mp.spawn(process, (str(tmp_path / "meeting"), device), nprocs=2)
 
 
 def configure(handle, **settings) -> None:

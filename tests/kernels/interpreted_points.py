@@ -242,7 +242,7 @@ def test_sites(strided: tuple, capacity: int) -> None:
         assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize(("Z", "heads", "C"), [(8, 2, 16), (10, 4, 32), (3, 1, 8)])
+@pytest.mark.parametrize(("Z", "heads", "C"), [(8, 2, 16), (10, 4, 32), (3, 1, 8), (2, 4, 8)])
 def test_pillars(Z: int, heads: int, C: int) -> None:
     torch.manual_seed(0)
     rows = torch.randperm(20 * Z).view(20, Z)

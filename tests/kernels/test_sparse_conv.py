@@ -400,7 +400,7 @@ def test_opcheck_pillars(device: str) -> None:
 
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("Z", "C", "heads"), [(8, 128, 8), (10, 128, 8), (5, 16, 1)])
+@pytest.mark.parametrize(("Z", "C", "heads"), [(8, 128, 8), (10, 128, 8), (5, 16, 1), (2, 16, 8)])
 @torch.no_grad()
 def test_pillar_kernels_are_as_exact_as_torch(Z: int, C: int, heads: int, dtype: torch.dtype) -> None:
     inputs, rows = pillar_problem(dtype, "cuda", Z, C)

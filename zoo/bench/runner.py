@@ -260,7 +260,9 @@ def make_call(op: Op, function: Provider, inputs: Inputs, backward: bool, grad: 
         nonlocal grad
         out = function(inputs)
         if grad is None:
-            grad = torch.randn_like(out)
+            # Not with the device's own generator, which a capture that failed leaves unusable.
+            generator = torch.Generator(out.device).manual_seed(0)
+            grad = torch.randn(out.shape, generator=generator, device=out.device, dtype=out.dtype)
         # An alternative to the op may use fewer inputs; the gate has checked all gradients of the others.
         return torch.autograd.grad(out, leaves, grad, allow_unused=True)
 

@@ -200,6 +200,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     size = 4096 if dtype == torch.float32 else 8192
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator, device=device, dtype=dtype) for _ in range(2))
     timing = graph_time([lambda: a @ b], samples=10)
     return 2 * size**3 / timing.p50

@@ -53,6 +53,8 @@ def choose_tile(kernel: str, pitch: int, block_d: int, biased: bool, single: boo
         return Tile(32, pitch, 8, 2, 528 if kernel == "broadcast" else 264)
     if kernel == "broadcast":
         return Tile(32 if single else 64 if pitch == 64 else 128, pitch, 4, 2, 1056)
+    if pitch == 16 and not single:
+        return Tile(32, pitch, 2, 3, 660)
     return Tile(32 if single else 64, pitch, 4, 3, 528 if pitch == 64 else 660)
 
 
