@@ -122,9 +122,11 @@ def sparse_conv_backward(grad: Tensor, x: Tensor, weight: Tensor, table: Tensor)
     rows = table.t().long().contiguous()
     dweight = (grad.t() @ _with_zero(x)[rows].flatten(1)).view(weight.shape)
     dmet = (grad @ weight.flatten(1)).unflatten(1, weight.shape[1:])  # [N, K, Cin]
-    rows = rows.where(rows >= 0, len(x)).flatten()
-    dx = torch.zeros_like(_with_zero(x)).index_add(0, rows, dmet.flatten(0, 1))
-    return dx[:-1], dweight
+    # What met no site goes to rows behind the last one, a row for each site: a GPU would add to a single one in turn.
+    beyond = len(x) + torch.arange(len(rows), device=x.device)
+    rows = rows.where(rows >= 0, beyond[:, None]).flatten()
+    dx = x.new_zeros(len(x) + len(beyond), x.shape[1]).index_add(0, rows, dmet.flatten(0, 1))
+    return dx[: len(x)], dweight
 
 
 def sparse_depthwise_conv(

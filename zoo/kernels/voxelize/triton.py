@@ -269,9 +269,9 @@ def segment_max(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty((S, C), dtype=values.dtype, device=values.device)
     row = torch.empty((S, C), dtype=torch.int32, device=values.device)
     if out.numel():
-        block = min(128, triton.next_power_of_2(C))
+        block = min(64, triton.next_power_of_2(C))
         _segment_max_kernel[(S, triton.cdiv(C, block))](
-            values.contiguous(), offsets, out, row, N, C=C, BLOCK_N=32, BLOCK_C=block, num_warps=4
+            values.contiguous(), offsets, out, row, N, C=C, BLOCK_N=4, BLOCK_C=block, num_warps=1
         )
     return out, row
 
