@@ -84,7 +84,7 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         if tuple(header) != COLUMNS:
             raise ValueError(f"{path} has other columns than this version writes; choose another --out folder")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerows(rows)
@@ -208,15 +208,19 @@ def draw_panel(axis: Any, title: str, rows: list[dict[str, str]], providers: lis
         [float(row["p80"] or median) - median for median, row in zip(medians, rows, strict=True)],
     ]
     subjects = ("name", "provider") if rows[0]["unit"] == "img/s" else ("provider",)
+    metric = rows[0]["metric"]
     labels = ["  ".join([short(row["config"]), *(row[key] for key in subjects)]) for row in rows]
+    # What cannot be captured has wall times among the GPU times of the others.
+    notes = [f" ({row['metric'].replace('_', ' ')})" if row["metric"] != metric else "" for row in rows]
     colors = [f"C{providers.index(row['provider']) % 10}" for row in rows]
     bars = axis.barh(
         range(len(rows)), medians, xerr=[[max(value, 0) for value in side] for side in spread], color=colors
     )
-    axis.bar_label(bars, [number(median) for median in medians], padding=4, fontsize=8)
+    values = [number(median) + note for median, note in zip(medians, notes, strict=True)]
+    axis.bar_label(bars, values, padding=4, fontsize=8)
     axis.set_yticks(range(len(rows)), labels, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.set_title(title, fontsize=10)
-    metric = rows[0]["metric"].replace("_", " ")
-    axis.set_xlabel(f"{metric} ({rows[0]['unit']}), {'higher' if rows[0]['unit'] == 'img/s' else 'lower'} is better")
+    unit = rows[0]["unit"]
+    axis.set_xlabel(f"{metric.replace('_', ' ')} ({unit}), {'higher' if unit == 'img/s' else 'lower'} is better")

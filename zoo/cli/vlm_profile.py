@@ -311,7 +311,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
             if tuple(next(csv.reader(file))) != COLUMNS:
                 raise ValueError(f"{path} has other columns than this version writes; choose another file.")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerow({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()})

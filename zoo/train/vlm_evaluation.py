@@ -130,6 +130,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def write_results(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write the rows of `evaluate` as `budgets.csv`."""
     with (folder / "budgets.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
