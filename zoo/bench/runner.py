@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import re
 import sys
@@ -170,12 +171,10 @@ def run_ops(suite: suites.Suite, options: Options, outcome: Outcome) -> None:
     """Gate and time every op, shape and dtype of a suite."""
     settings = suite.settings
     options = dataclasses.replace(options, most_samples=settings.get("samples"))
-    for name in settings["ops"]:
-        op = OPS[name]
-        for shape in settings["shapes"]:
-            shape = {**shape, **({"batch": settings["batch"]} if "batch" in settings else {})}
-            for dtype in options.dtypes or settings.get("dtypes", ["float32"]):
-                run_case(suite, name, op, shape, dtype, options, outcome)
+    batch = {"batch": settings["batch"]} if "batch" in settings else {}
+    dtypes = options.dtypes or settings.get("dtypes", ["float32"])
+    for name, shape, dtype in itertools.product(settings["ops"], settings["shapes"], dtypes):
+        run_case(Case(suite, name, {**shape, **batch}, dtype, options), outcome)
 
 
 def describe(shape: Mapping[str, Any]) -> str:
@@ -184,64 +183,86 @@ def describe(shape: Mapping[str, Any]) -> str:
     return " ".join([str(shape.get("name", "")), *rest]).strip()
 
 
-def run_case(
-    suite: suites.Suite, name: str, op: Op, shape: Mapping[str, Any], dtype: str, options: Options, outcome: Outcome
-) -> None:
-    """One op at one shape and dtype: the gate, then all modes and providers."""
-    device, config = options.device, describe({**shape, **op.facts(shape)})
-    allowed = suite.settings.get("providers")
-    providers = {k: v for k, v in op.providers(device).items() if allowed is None or k in allowed}
-    modes = suite.settings.get("modes", suites.OP_MODES)
-    wanted = [
-        (mode, provider)
-        for mode in modes
-        for provider in providers
-        if options.wants(suite.name, name, config, dtype, mode, provider)
-    ]
-    if not wanted:
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One op at one shape and dtype."""
+
+    suite: suites.Suite
+    name: str
+    shape: Mapping[str, Any]
+    dtype: str
+    options: Options
+
+    @property
+    def op(self) -> Op:
+        """Its adapter."""
+        return OPS[self.name]
+
+    @functools.cached_property
+    def config(self) -> str:
+        """The shape as a column of a row."""
+        return describe({**self.shape, **self.op.facts(self.shape)})
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.name} [{self.config}] {self.dtype}"
+
+    def wanted(self) -> dict[str, list[str]]:
+        """The suite's providers that the filters leave, by mode."""
+        allowed = self.suite.settings.get("providers")
+        names = [name for name in self.op.providers(self.options.device) if allowed is None or name in allowed]
+        wants = functools.partial(self.options.wants, self.suite.name, self.name, self.config, self.dtype)
+        modes = self.suite.settings.get("modes", suites.OP_MODES)
+        return {mode: [name for name in names if wants(mode, name)] for mode in modes}
+
+    def refused(self, wanted: Mapping[str, list[str]]) -> dict[str, str]:
+        """Reasons of the correctness gate. What the filters leave out is not checked either: compiling a peer can take
+        longer than all timings."""
+        names = dict.fromkeys(name for left in wanted.values() for name in left)
+        backward = any(BASELINE_MODES[mode] for mode, left in wanted.items() if left)
+        dtype = suites.DTYPES[self.dtype]
+        return gate.check(self.op, self.shape, dtype, self.options.device, list(names), backward)
+
+    def row(self, mode: str, provider: str) -> dict[str, Any]:
+        """Measure one provider."""
+        function = self.op.providers(self.options.device)[provider]
+        dtype, backward = suites.DTYPES[self.dtype], BASELINE_MODES[mode]
+        values = measure_op(self.op, function, self.shape, dtype, backward, self.options)
+        names = dict(suite=self.suite.name, name=self.name, provider=provider, config=self.config)
+        return report.make_row(self.options.device, **names, dtype=self.dtype, mode=mode, **values)
+
+
+def run_case(case: Case, outcome: Outcome) -> None:
+    """The correctness gate, then all modes and providers."""
+    wanted, ours = case.wanted(), case.op.ours
+    if not any(wanted.values()):
         return
     # Compiled peers specialise on the shape; stale entries would count against the recompilation limit.
     torch.compiler.reset()
-    label = f"{name} [{config}] {dtype}"
     try:
-        # What the filters leave out is not checked either: compiling a peer can take longer than all timings.
-        chosen = [provider for provider in providers if any(provider == left for _, left in wanted)]
-        backward = any(BASELINE_MODES[mode] for mode, _ in wanted)
-        refused = gate.check(op, shape, suites.DTYPES[dtype], device, chosen, backward)
+        refused = case.refused(wanted)
     except Exception as error:  # a crash costs this case, never the rest of the run
-        outcome.fail(f"{label}: refused, the correctness check did not run: {summary(error)}")
+        outcome.fail(f"{case.label}: refused, the correctness check did not run: {summary(error)}")
         return
-    mine = [provider for provider in refused if provider in op.ours]
+    mine = [provider for provider in refused if provider in ours]
     if mine:
         reasons = "; ".join(f"{provider}: {refused[provider]}" for provider in mine)
-        outcome.fail(f"{label}: refused, no time reported: {reasons}")
+        outcome.fail(f"{case.label}: refused, no time reported: {reasons}")
         return
     for provider, reason in refused.items():
-        note(f"{label}: peer {provider} left out: {reason}")
-    for mode in modes:
+        note(f"{case.label}: peer {provider} left out: {reason}")
+    for mode, providers in wanted.items():
         rows = []
-        for provider, function in providers.items():
-            if (mode, provider) not in wanted or provider in refused:
+        for provider in providers:
+            if provider in refused:
                 continue
             try:
-                values = measure_op(op, function, shape, suites.DTYPES[dtype], BASELINE_MODES[mode], options)
+                rows.append(case.row(mode, provider))
             except Exception as error:  # out of memory or resources, a compiler's failure: this provider only
-                message = f"{label} {mode} {provider}: {summary(error)}"
-                outcome.fail(message) if provider in op.ours else note(message)
-                continue
-            rows.append(
-                report.make_row(
-                    device,
-                    suite=suite.name,
-                    name=name,
-                    provider=provider,
-                    config=config,
-                    dtype=dtype,
-                    mode=mode,
-                    **values,
-                )
-            )
-        add_speedups(rows, suite.settings.get("baseline", op.baseline))
+                message = f"{case.label} {mode} {provider}: {summary(error)}"
+                outcome.fail(message) if provider in ours else note(message)
+        add_speedups(rows, case.suite.settings.get("baseline", case.op.baseline))
         outcome.add(rows)
 
 

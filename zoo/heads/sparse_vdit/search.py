@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.heads.sparse_vdit.context import Step, family_of, noise_level
@@ -31,6 +33,9 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"pattern": "vertical_stripe", "frames": [0]},
     {"pattern": "vertical_stripe", "frames": [0, -1]},
 )
+
+# Steps that stay dense, and groups of the others.
+Groups = tuple[list[int], list[list[int]]]
 
 
 def search(
@@ -154,9 +159,8 @@ def search(
         _run(pipe, model, first, calls, recorder, path)
     if not losses.steps():
         raise RuntimeError("Nothing was measured: the runs reached no sparse step of a known token grid.")
-    return _plan_of(
-        first, losses, parsed, groups_of, call, _Rule(paper, target, time is not None, costs, backend, model)
-    )
+    rule = _Rule(paper, target, time is not None, costs, backend, model)
+    return _plan_of(first, _group(losses, groups_of(losses.schedule)), parsed, rule, call.get("guidance_scale"))
 
 
 def _check_prompts(pipe: Any, prompts: Any) -> None:
@@ -201,6 +205,25 @@ class _Rule:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
+    def decide(
+        self, found: _Found, candidates: Sequence[Pattern], layout: Any, described: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The choice of each group, layer and head, int64 [G, L, M], 0 for full attention, and how it was made."""
+        losses = found.losses
+        if self.paper is not None:
+            sparsity = torch.tensor([1 - density(p, layout) for p in candidates], dtype=torch.float64)
+            lam, eps = self.paper
+            modes = decide_paper(found.errors(losses.mse), sparsity, lam, eps)
+            return modes, {"method": "paper", "lambda": lam, "epsilon": eps}
+        error = found.errors(losses.relative)  # [G, L, M, C]
+        weight = torch.tensor([len(group) for group in found.groups], dtype=torch.float64)
+        prices = self.prices(candidates, layout, described)
+        modes = decide_budget(error.flatten(1, 2), prices, weight, self.target).view(error.shape[:3])
+        record = {"method": "budget", "target": "time" if self.timed else "density", "value": self.target}
+        if self.costs is not None:
+            record["costs"] = [float(c) for c in self.costs]
+        return modes, record
+
     def prices(self, candidates: Sequence[Pattern], layout, described: Mapping[str, Any]) -> Tensor:
         """Cost of each candidate relative to full attention."""
         if self.costs is None and self.timed:
@@ -212,81 +235,96 @@ class _Rule:
         return torch.tensor([density(p, layout) for p in candidates], dtype=torch.float64)
 
 
-def _plan_of(
-    first: SparsePlan, losses: Losses, candidates, groups_of, call: Mapping[str, Any], rule: _Rule
-) -> SparsePlan:
-    """Decide from the measurements."""
-    schedule, calibrated = losses.schedule, losses.calibrated
-    layout = first.layout(tuple(calibrated["grid"]), calibrated["text_length"])
-    dense, groups = groups_of(schedule)
-    measured = set(losses.steps())
-    dense_layers = losses.settings["steps"][3]
-    sparse_layers = range(dense_layers, losses.shape[0])
-    kept = [[s for s in group if s in measured] for group in groups]
-    if not all(kept):
+class _Found(NamedTuple):
+    """The measurements of a search by groups of steps that share an assignment."""
+
+    losses: Losses
+    # Steps of the schedule that stay dense; those of each group, from noise to clean; the measured ones of each.
+    dense: list[int]
+    groups: list[list[int]]
+    measured: list[list[int]]
+
+    @property
+    def dense_layers(self) -> int:
+        return self.losses.settings["steps"][3]
+
+    def errors(self, kind: Callable[[list[int]], Tensor]) -> Tensor:
+        """`Losses.relative` or `Losses.mse` of each group, searched layer, head and candidate, [G, L, M, C]."""
+        return torch.stack([kind(steps)[self.dense_layers :] for steps in self.measured])
+
+    def assignment(self, modes: Tensor) -> Tensor:
+        """Choices [G, L, M] with full attention for the dense layers and steps; groups rise from clean to noise."""
+        assign = F.pad(modes, (0, 0, self.dense_layers, 0))
+        return (F.pad(assign, (0, 0, 0, 0, 1, 0)) if self.dense else assign).flip(0)
+
+    def record(self, modes: Tensor) -> dict[str, Any]:
+        """What a plan tells of these measurements."""
+        return {
+            "prompts": len(self.losses.runs),
+            "prompts_sha256": self.losses.settings["prompts"],
+            "measured_steps": len(self.losses.steps()),
+            "bin_steps": [len(group) for group in [*([self.dense] if self.dense else []), *self.groups]][::-1],
+            "dense_steps": len(self.dense),
+            "dense_layers": self.dense_layers,
+            "error": self._summary(modes),
+        }
+
+    def _summary(self, modes: Tensor) -> dict[str, Any]:
+        """Mean relative error of the chosen patterns: over all, in each bin, and how far prompts lie apart."""
+        losses, measured = self.losses, self.measured
+
+        def chosen(group: int, run: int | None = None) -> float:
+            error = losses.relative(measured[group], run)[self.dense_layers :]  # [L, M, C]
+            error = F.pad(error, (1, 0))  # that of full attention
+            return float(error.gather(-1, modes[group][..., None]).mean())
+
+        by_bin = [chosen(g) for g in range(len(measured))]
+        complete = [r for r, run in enumerate(losses.runs) if all(any(s in run for s in steps) for steps in measured)]
+        by_run = [sum(chosen(g, r) for g in range(len(measured))) / len(measured) for r in complete]
+        spread = float(torch.tensor(by_run).std()) if len(by_run) > 1 else None
+        return {"mean": sum(by_bin) / len(by_bin), "bins": by_bin[::-1], "prompts": by_run, "spread": spread}
+
+
+def _group(losses: Losses, groups: Groups) -> _Found:
+    """Sort measurements into groups.
+
+    Raises:
+        RuntimeError: A group has none, or they are not finite.
+    """
+    steps = set(losses.steps())
+    found = _Found(losses, *groups, [[s for s in group if s in steps] for group in groups[1]])
+    if not all(found.measured):
         raise RuntimeError("Some steps were never reached: the runs ended early. Run the whole schedule.")
-    sparsity = torch.tensor([1 - density(p, layout) for p in candidates], dtype=torch.float64)
-    error = torch.stack([losses.relative(steps)[dense_layers:] for steps in kept])  # [G, L, M, C]
-    if not error.isfinite().all():
+    if not found.errors(losses.relative).isfinite().all():
         raise RuntimeError(
             "The measured errors are not finite: the model's attention gave NaN or infinity in these runs."
         )
-    if rule.paper is not None:
-        mse = torch.stack([losses.mse(steps)[dense_layers:] for steps in kept])
-        modes = decide_paper(mse, sparsity, *rule.paper)  # [G, L, M]
-        decision: dict[str, Any] = {"method": "paper", "lambda": rule.paper[0], "epsilon": rule.paper[1]}
-    else:
-        weight = torch.tensor([len(group) for group in groups], dtype=torch.float64)
-        prices = rule.prices(candidates, layout, first.model)
-        modes = decide_budget(error.flatten(1, 2), prices, weight, rule.target).view(error.shape[:3])
-        decision = {"method": "budget", "target": "time" if rule.timed else "density", "value": rule.target}
-        if rule.costs is not None:
-            decision["costs"] = [float(c) for c in rule.costs]
-    assign = torch.zeros(len(groups), *losses.shape[:2], dtype=torch.int64)
-    assign[:, list(sparse_layers)] = modes
-    edges, guidance = _edges(schedule, dense, groups), call.get("guidance_scale")
-    if dense:
-        assign = torch.cat([torch.zeros_like(assign[:1]), assign])
+    return found
+
+
+def _plan_of(
+    first: SparsePlan, found: _Found, candidates: Sequence[Pattern], rule: _Rule, guidance: float | None
+) -> SparsePlan:
+    """Decide from the measurements."""
+    schedule, calibrated = found.losses.schedule, found.losses.calibrated
+    layout = first.layout(tuple(calibrated["grid"]), calibrated["text_length"])
+    modes, decision = rule.decide(found, candidates, layout, first.model)
     record = {
         **decision,
-        "prompts": len(losses.runs),
-        "prompts_sha256": losses.settings["prompts"],
-        "measured_steps": len(measured),
-        "bin_steps": [len(group) for group in [*([dense] if dense else []), *groups]][::-1],
-        "dense_steps": len(dense),
-        "dense_layers": dense_layers,
-        "sparsity": [round(float(s), 6) for s in sparsity],
-        "error": _summary(losses, kept, modes, dense_layers),
+        **found.record(modes),
+        "sparsity": [round(1 - density(p, layout), 6) for p in candidates],
         "device": torch.cuda.get_device_name(rule.device) if rule.device.type == "cuda" else rule.device.type,
         "torch": torch.__version__,
     }
-    return SparsePlan(
-        model=first.model,
-        text_position=first.text_position,
-        tile=first.tile,
-        granularity=first.granularity,
+    return dataclasses.replace(
+        first,
         # Steps run from noise to clean, bins the other way.
-        bins=tuple(edges),
+        bins=tuple(_edges(schedule, found.dense, found.groups)),
         patterns=(FULL, *(p.to_dict() for p in candidates)),
-        assign=tuple(assign.flip(0).tolist()),
+        assign=tuple(found.assignment(modes).tolist()),
         calibrated={**calibrated, "steps": len(schedule), **({"guidance": guidance} if guidance is not None else {})},
         search=record,
     )
-
-
-def _summary(losses: Losses, kept: list[list[int]], modes: Tensor, dense_layers: int) -> dict[str, Any]:
-    """Mean relative error of the chosen patterns: over all, in each bin, and how far prompts lie apart."""
-
-    def chosen(group: int, run: int | None = None) -> float:
-        error = losses.relative(kept[group], run)[dense_layers:]  # [L, M, C]
-        error = torch.cat([torch.zeros_like(error[..., :1]), error], dim=-1)
-        return float(error.gather(-1, modes[group][..., None]).mean())
-
-    by_bin = [chosen(g) for g in range(len(kept))]
-    complete = [r for r, run in enumerate(losses.runs) if all(any(s in run for s in steps) for steps in kept)]
-    by_run = [sum(chosen(g, r) for g in range(len(kept))) / len(kept) for r in complete]
-    spread = float(torch.tensor(by_run).std()) if len(by_run) > 1 else None
-    return {"mean": sum(by_bin) / len(by_bin), "bins": by_bin[::-1], "prompts": by_run, "spread": spread}
 
 
 def _run(pipe: Any, model: nn.Module, first: SparsePlan, calls: list, recorder: Recorder, path: Path | None) -> None:
@@ -359,9 +397,6 @@ def _handled(pipe: Any, component: str) -> Callable[[float], bool]:
     if isinstance(pipe, nn.Module) or ratio is None:
         return lambda level: True
     return (lambda level: level < ratio) if component == "transformer_2" else (lambda level: level >= ratio)
-
-
-Groups = tuple[list[int], list[list[int]]]
 
 
 def _grouping(bins: int | str, dense_steps: float, handled: Callable[[float], bool]) -> Callable[[list[float]], Groups]:
