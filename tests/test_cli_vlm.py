@@ -6,7 +6,7 @@ import csv
 
 import pytest
 
-from zoo.cli import main
+from zoo.cli import main, vlm_profile
 
 TINY = ["vlm", "profile", "--random", "tiny", "--size", "112", "100", "--samples", "1", "--new-tokens", "3"]
 
@@ -42,3 +42,16 @@ def test_messages(capsys) -> None:
     assert main([*TINY, "--image", "x.png"]) == 1 and "belong together" in capsys.readouterr().err
     assert main(["vlm", "profile"]) == 2
     assert main(["vlm", "profile", "--random", "tiny", "--budgets", "half"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "hird"], "method must be one of"),
+        (["--budgets", "2.5"], "fraction in (0, 1], got 2.5"),
+        (["--allocation", "even"], "allocation"),
+    ],
+)
+def test_wrong_settings_end_before_a_model_is_made(arguments, message, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(vlm_profile, "load_model", None)
+    assert main([*TINY, *arguments]) == 1 and message in capsys.readouterr().err

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--image and --prompt belong together.")
     if args.image and args.random:
         raise ValueError("--image needs a model with a processor; random weights have none.")
+    check_settings(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     model = load_model(args, device, dtype)
@@ -183,6 +184,18 @@ def settings(args: argparse.Namespace) -> Iterator[tuple[str, Any, dict[str, Any
         options = {"exact": not args.official, "allocation": args.allocation} if method == "hired" else {}
         for budget in args.budgets:
             yield method, budget, {"method": method, **options}
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Let a wrong method or budget end the command before a model is loaded.
+
+    Raises:
+        ValueError: There is one.
+    """
+    from zoo.heads.token_dropping import create_method
+
+    for _, budget, options in settings(args):
+        create_method(options["method"], budget, **{k: v for k, v in options.items() if k != "method"})
 
 
 def profile(args: argparse.Namespace, model: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
