@@ -138,6 +138,7 @@ class VideoPipeline(Pipeline):
 def pipeline(monkeypatch):
     pipe, videos = VideoPipeline(), {}
     monkeypatch.setattr(vdit, "load_pipeline", lambda args: pipe)
+    monkeypatch.setattr(vdit, "check_video", lambda path: None)
     monkeypatch.setattr(vdit, "save_video", lambda video, path, fps: videos.update({path.name: video}))
     return pipe, videos
 
@@ -168,8 +169,17 @@ def test_commands_say_what_is_wrong(pipeline, tmp_path, capsys) -> None:
     assert code == 1 and "VideoPipeline takes no height" in err
     assert run(capsys, "vdit", "search", "some/model", *out)[0] == 2
     assert run(capsys, "vdit", "search", "some/model", "--prompt", "a", "--bins", "0", *out)[0] == 2
-    code, _, err = run(capsys, "vdit", "search", "some/model", "--prompt", "a", "--density", "2", *out)
-    assert code == 1 and "must lie in (0, 1]" in err
+    for option, value in (("--density", "2"), ("--time", "0"), ("--dense-steps", "1"), ("--dense-layers", "-1")):
+        code, _, err = run(capsys, "vdit", "search", "some/model", "--prompt", "a", f"{option}={value}", *out)
+        assert code == 2 and f"argument {option}: '{value}' is not a" in err
+
+
+@pytest.mark.parametrize(("name", "message"), [("a.webm", ".mp4 or .gif, got"), ("a.mp4", "install the extra 'video'")])
+def test_a_video_that_cannot_be_written_is_refused_first(name, message, monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(vdit, "load_pipeline", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = run(capsys, "vdit", "apply", "some/model", "plan.json", "--prompt", "a", "--out", tmp_path / name)
+    assert code == 1 and message in err
 
 
 def test_psnr() -> None:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
+from zoo.cli.arguments import positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -14,10 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="image files, or point clouds (.bin of KITTI or nuScenes, .npz, .npy, .pcd), folders or wildcards",
     )  # fmt: skip
     parser.add_argument("--model", required=True, help="arch.tag, hf-hub:org/name or local-dir:FOLDER")
-    parser.add_argument("--topk", type=_positive, default=5, help="classes to show (default: 5)")
+    parser.add_argument("--topk", type=positive, default=5, help="classes to show (default: 5)")
     parser.add_argument("--json", action="store_true", help="print JSON, one file a line")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where present)")
-    parser.add_argument("--batch-size", type=_positive, default=32, help="images a step (default: 32)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images a step (default: 32)")
     parser.add_argument(
         "--task",
         choices=("classify", "segment", "detect"),
@@ -226,10 +228,3 @@ def pick_device(name: str | None):
         reason = str(error).splitlines()[0]
         raise ValueError(f"Device '{name}' is not available: {reason}") from error
     return device
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

@@ -1,12 +1,15 @@
 """`zoo vdit`: sparse attention plans of video diffusion models."""
 
 import argparse
+import importlib.util
 import inspect
 import json
 import re
 import time
 from pathlib import Path
 from typing import Any
+
+from zoo.cli.arguments import positive, share
 
 SIZES = {"height": "height", "width": "width", "frames": "num_frames", "steps": "num_inference_steps"}
 
@@ -22,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pipeline", help="diffusers pipeline: a folder or a hub repository")
-    parser.add_argument("--height", type=_positive, help="pixels (default: the pipeline's)")
-    parser.add_argument("--width", type=_positive, help="pixels (default: the pipeline's)")
-    parser.add_argument("--frames", type=_positive, help="video frames (default: the pipeline's)")
-    parser.add_argument("--steps", type=_positive, help="denoising steps (default: the pipeline's)")
+    parser.add_argument("--height", type=positive, help="pixels (default: the pipeline's)")
+    parser.add_argument("--width", type=positive, help="pixels (default: the pipeline's)")
+    parser.add_argument("--frames", type=positive, help="video frames (default: the pipeline's)")
+    parser.add_argument("--steps", type=positive, help="denoising steps (default: the pipeline's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first noise (default: %(default)s)")
     parser.add_argument("--device", help="device (default: cuda where there is one)")
@@ -42,14 +45,14 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="plan to write")
     parser.add_argument("--method", choices=("budget", "paper"), default="budget")
     parser.add_argument(
-        "--density", type=float, default=0.3, help="budget: mean density to meet (default: %(default)s)"
+        "--density", type=share, default=0.3, help="budget: mean density to meet (default: %(default)s)"
     )
-    parser.add_argument("--time", type=float, help="budget: share of the dense attention time to meet instead")
+    parser.add_argument("--time", type=share, help="budget: share of the dense attention time to meet instead")
     parser.add_argument("--lam", type=float, default=0.5, help="paper: weight of the cost (default: %(default)s)")
     parser.add_argument("--eps", type=float, default=1.0, help="paper: largest loss of a sparse head (%(default)s)")
     parser.add_argument("--bins", type=_bins, default=5, help="groups of steps, or 'steps' (default: %(default)s)")
-    parser.add_argument("--dense-steps", type=float, default=0.2, help="share of first steps kept (%(default)s)")
-    parser.add_argument("--dense-layers", type=int, default=0, help="number of first layers kept (%(default)s)")
+    parser.add_argument("--dense-steps", type=_part, default=0.2, help="share of first steps kept (%(default)s)")
+    parser.add_argument("--dense-layers", type=_count, default=0, help="number of first layers kept (%(default)s)")
     parser.add_argument("--state", type=Path, help="file of measurements, to go on after an interruption")
 
 
@@ -57,8 +60,8 @@ def _add_apply(parser: argparse.ArgumentParser) -> None:
     _add_pipeline(parser)
     parser.add_argument("plan", help="plan: a file, a folder or a hub repository")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--out", type=Path, required=True, help="video to write (.mp4)")
-    parser.add_argument("--fps", type=_positive, default=16, help="frames a second (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="video to write (.mp4 or .gif)")
+    parser.add_argument("--fps", type=positive, default=16, help="frames a second (default: %(default)s)")
     parser.add_argument(
         "--compare",
         action="store_true",
@@ -70,8 +73,8 @@ def _add_apply(parser: argparse.ArgumentParser) -> None:
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", help="plan: a file, a folder or a hub repository")
     parser.add_argument("--grid", type=_grid, help="tokens, FRAMESxHEIGHTxWIDTH (default: the searched grid)")
-    parser.add_argument("--text-length", type=int, help="text tokens (default: as searched)")
-    parser.add_argument("--attention-share", type=float, help="share of attention in a dense pass, to predict the rest")
+    parser.add_argument("--text-length", type=_count, help="text tokens (default: as searched)")
+    parser.add_argument("--attention-share", type=share, help="share of attention in a dense pass, to predict the rest")
     parser.add_argument("--measure", action="store_true", help="time the attention here")
     parser.add_argument("--device", help="device of --measure (default: cuda where there is one)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -82,9 +85,9 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("zoo_vdit_demo"), help="folder to write (%(default)s)")
     parser.add_argument("--plan", type=Path, help="plan (default: plan.json of the model's folder, or a search)")
     parser.add_argument("--labels", nargs="+", default=["0", "1", "7", "8"], help="class numbers or names (0 1 7 8)")
-    parser.add_argument("--density", type=float, default=0.5, help="of the search: mean density (default: %(default)s)")
-    parser.add_argument("--frames", type=_positive, help="video frames (default: those of the training)")
-    parser.add_argument("--steps", type=_positive, default=20, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--density", type=share, default=0.5, help="of the search: mean density (default: %(default)s)")
+    parser.add_argument("--frames", type=positive, help="video frames (default: those of the training)")
+    parser.add_argument("--steps", type=positive, default=20, help="denoising steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     parser.add_argument("--device", help="device (default: cuda where there is one)")
@@ -147,6 +150,7 @@ def run_search(args: argparse.Namespace) -> int:
 def run_apply(args: argparse.Namespace) -> int:
     from zoo.heads import sparse_vdit
 
+    check_video(args.out)
     plan = sparse_vdit.SparsePlan.from_pretrained(args.plan)
     pipe = load_pipeline(args)
     with sparse_vdit.use(pipe, plan, component=args.component):
@@ -216,13 +220,31 @@ def _generate(pipe: Any, args: argparse.Namespace) -> tuple[Any, float]:
     return out.frames[0], time.perf_counter() - start
 
 
+def check_video(path: Path) -> None:
+    """Let a video that cannot be written end the command before it is generated.
+
+    Raises:
+        ValueError: Neither .mp4 nor .gif, or a library is missing.
+    """
+    if path.suffix.lower() not in (".mp4", ".gif"):
+        raise ValueError(f"--out takes a file name in .mp4 or .gif, got '{path}'.")
+    missing = [name for name in ("imageio", "imageio_ffmpeg") if importlib.util.find_spec(name) is None]
+    if path.suffix.lower() == ".mp4" and missing:
+        raise ValueError(f"Writing .mp4 needs {' and '.join(missing)}: install the extra 'video', or write a .gif.")
+
+
 def save_video(video: Any, path: Path, fps: int) -> None:
-    """Write frames [F, H, W, C] in [0, 1] as a video."""
+    """Write frames [F, H, W, C] in [0, 1], grey or RGB, as a video."""
     from diffusers.utils import export_to_video
+    from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
     if video.shape[-1] == 1:
         video = video.repeat(3, axis=-1)
+    if path.suffix.lower() == ".gif":
+        first, *others = [Image.fromarray((frame * 255).round().astype("uint8")) for frame in video]
+        first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+        return
     export_to_video(list(video), str(path), fps=fps)
 
 
@@ -241,14 +263,25 @@ def _print(report: Any) -> None:
     Console().print(report, soft_wrap=True)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+def _part(text: str) -> float:
+    """A number from 0 up to, but not including, 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share in [0, 1)")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
 
 def _bins(text: str) -> int | str:
-    return text if text == "steps" else _positive(text)
+    return text if text == "steps" else positive(text)
 
 
 def _grid(text: str) -> tuple[int, ...]:

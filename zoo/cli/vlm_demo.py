@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from zoo.cli.arguments import share
+
 BUDGETS = (1.0, 0.5, 0.2, 0.1)
 METHODS = ("hired", "spatial", "random")
 GAP = 6
@@ -15,20 +17,10 @@ SHADE = 0.25
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="model folder (default: the weights of this package)")
     parser.add_argument("--out", type=Path, default=Path("zoo_vlm_demo"), help="folder to write (%(default)s)")
-    parser.add_argument("--budgets", type=_share, nargs="+", default=list(BUDGETS), help="shares of the visual tokens")
+    parser.add_argument("--budgets", type=share, nargs="+", default=list(BUDGETS), help="shares of the visual tokens")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="methods of dropping (%(default)s)")
     parser.add_argument("--scenes", type=int, default=16, help="sample scenes to ask about (default: %(default)s)")
     parser.add_argument("--device", help="device (default: cuda where there is one)")
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share in (0, 1]")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from zoo.cli.arguments import positive
+
 RANDOM = ("llava-1.5-7b", "llava-next-7b", "llava-next-mistral-7b", "tiny")
 LAUNCHES = ("eager", "static", "graph")
 COLUMNS = (
@@ -33,17 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--official", action="store_true", help="hired: counts as published, not exact")
     parser.add_argument("--allocation", default="official", help="hired: how sub-images share (default: %(default)s)")
-    parser.add_argument("--batch", type=_positive, nargs="+", default=[1], help="prompts at a time (1)")
-    parser.add_argument("--new-tokens", type=_positive, default=16, help="tokens to generate (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1], help="prompts at a time (1)")
+    parser.add_argument("--new-tokens", type=positive, default=16, help="tokens to generate (default: %(default)s)")
     parser.add_argument(
-        "--size", type=_positive, nargs=2, default=[672, 672], metavar=("H", "W"), help="image (672 672)"
+        "--size", type=positive, nargs=2, default=[672, 672], metavar=("H", "W"), help="image (672 672)"
     )
-    parser.add_argument("--text-tokens", type=_positive, default=60, help="of the prompt (default: %(default)s)")
+    parser.add_argument("--text-tokens", type=positive, default=60, help="of the prompt (default: %(default)s)")
     parser.add_argument("--image", type=Path, help="image file, with --prompt: goes through the model's processor")
     parser.add_argument("--prompt", help="question about --image")
     parser.add_argument(
         "--samples",
-        type=_positive,
+        type=positive,
         default=10,
         help="timed runs to the first token; a third as many to the last (default: %(default)s)",
     )
@@ -347,12 +349,6 @@ def show(rows: list[dict[str, Any]]) -> None:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row[name] for name in names)))
     console = Console()
     Console(width=max(console.width, 120)).print(table)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
 
 
 def _budget(text: str) -> float | int:
