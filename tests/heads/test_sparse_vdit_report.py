@@ -185,3 +185,16 @@ def test_a_video_that_cannot_be_written_is_refused_first(name, message, monkeypa
 def test_psnr() -> None:
     assert vdit.psnr([0.0, 0.1], [0.1, 0.0]) == pytest.approx(20)
     assert vdit.psnr([1.0], [1.0]) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["."], "it has no model_index.json"),
+        (["some/model", "--device", "nonsense"], "Device 'nonsense' is not available"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_loaded(arguments, message, tmp_path, capsys) -> None:
+    out = ("--prompt", "a", "--out", tmp_path / "plan.json")
+    code, _, err = run(capsys, "vdit", "search", *arguments, *out)
+    assert code == 1 and message in err and err.count("\n") == 1

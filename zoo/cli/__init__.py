@@ -88,7 +88,7 @@ def _is_users(error: Exception) -> bool:
     """Tell an error that the user can mend from a defect of the program."""
     from zoo.hub import HubError
 
-    return isinstance(error, (HubError, ValueError, FileNotFoundError, PermissionError, IsADirectoryError, ImportError))
+    return isinstance(error, (HubError, ValueError, OSError, ImportError))
 
 
 def _one_line(error: Exception) -> str:

@@ -1,8 +1,12 @@
-"""Types of arguments that commands share."""
+"""Types of arguments that commands share, and the device that they name."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def positive(text: str) -> int:
@@ -21,3 +25,22 @@ def share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share in (0, 1]")
     return value
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The torch device of a name; for None a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Device '{name}' is not available: {reason}") from error
+    return device

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
-from zoo.cli.arguments import positive
+from zoo.cli.arguments import pick_device, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -213,18 +213,3 @@ def _table(results: list):
             table.add_row(first, Text(item["label"]), f"{item['probability']:.1%}")
         table.add_section()
     return table
-
-
-def pick_device(name: str | None):
-    """The torch device of a name, None for CUDA where present; raises ValueError where there is none."""
-    import torch
-
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"Device '{name}' is not available: {reason}") from error
-    return device

@@ -51,7 +51,7 @@ class Predictor:
 
     def __init__(self, name: str, task: str, device: str | None = None) -> None:
         import zoo
-        from zoo.cli.predict import pick_device
+        from zoo.cli.arguments import pick_device
 
         self.device, self.task = pick_device(device), task
         self.model = zoo.create_model(name, pretrained=True).to(self.device).eval()

@@ -49,7 +49,7 @@ class Detector:
 
     def __init__(self, name: str, device: str | None = None) -> None:
         import zoo
-        from zoo.cli.predict import pick_device
+        from zoo.cli.arguments import pick_device
 
         self.device = pick_device(device)
         self.model = zoo.create_model(name, pretrained=True).to(self.device).eval()

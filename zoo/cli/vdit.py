@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zoo.cli.arguments import positive, share
+from zoo.cli.arguments import pick_device, positive, share
 
 SIZES = {"height": "height", "width": "width", "frames": "num_frames", "steps": "num_inference_steps"}
 
@@ -174,8 +174,8 @@ def run_report(args: argparse.Namespace) -> int:
     if args.measure:
         import torch
 
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        report = report.measure(device, torch.float32 if device == "cpu" else torch.bfloat16)
+        device = pick_device(args.device)
+        report = report.measure(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
     if args.json:
         print(json.dumps(report.to_dict()))
     else:
@@ -184,13 +184,20 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def load_pipeline(args: argparse.Namespace) -> Any:
-    """Load a diffusers pipeline, or one of this package's small video DiTs, as the arguments say."""
+    """Load a diffusers pipeline, or one of this package's small video DiTs, as the arguments say.
+
+    Raises:
+        ValueError: The device is not here, or the path is no pipeline.
+        OSError: The hub has no such pipeline, or cannot be reached.
+    """
     import diffusers
     import torch
 
     from zoo.heads.video_dit import VideoDiTPipeline, is_video_dit
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device, path = pick_device(args.device), Path(args.pipeline)
+    if path.exists() and not (path / "model_index.json").is_file():
+        raise ValueError(f"'{path}' is no folder of a diffusers pipeline: it has no model_index.json.")
     cls = VideoDiTPipeline if is_video_dit(args.pipeline) else diffusers.DiffusionPipeline
     pipe = cls.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype))
     if args.offload:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from zoo.cli.arguments import pick_device
 from zoo.heads.sparse_vdit.plan import FILE, SparsePlan
 
 SCALE = 4
@@ -18,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     from zoo.heads import sparse_vdit
     from zoo.heads.video_dit import load_video_dit
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(args.device)
     pipe = load_video_dit(args.model, torch.float32 if device.type == "cpu" else torch.bfloat16).to(device)
     pipe.set_progress_bar_config(disable=True)
     call = dict(num_frames=args.frames, num_inference_steps=args.steps, guidance_scale=args.guidance)

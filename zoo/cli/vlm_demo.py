@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zoo.cli.arguments import share
+from zoo.cli.arguments import pick_device, share
 
 BUDGETS = (1.0, 0.5, 0.2, 0.1)
 METHODS = ("hired", "spatial", "random")
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     from zoo.heads.tiny_vlm import load_samples, load_tiny_vlm
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(args.device)
     with _no_progress_bars():
         model, processor = load_tiny_vlm(args.model, torch.float32 if device.type == "cpu" else torch.float16)
     model = model.to(device)

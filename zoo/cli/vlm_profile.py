@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zoo.cli.arguments import positive
+from zoo.cli.arguments import pick_device, positive
 
 RANDOM = ("llava-1.5-7b", "llava-next-7b", "llava-next-mistral-7b", "tiny")
 LAUNCHES = ("eager", "static", "graph")
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.image and args.random:
         raise ValueError("--image needs a model with a processor; random weights have none.")
     check_settings(args)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     model = load_model(args, device, dtype)
     model.generation_config.eos_token_id = None

@@ -202,6 +202,8 @@ class SparsePlan:
         """
         path = Path(path)
         path = path / FILE if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no plan '{path}': `zoo vdit search` writes one.")
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
