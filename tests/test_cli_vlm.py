@@ -7,6 +7,7 @@ import csv
 import pytest
 
 from zoo.cli import main, vlm_profile
+from zoo.heads.tiny_vlm import WEIGHTS
 
 TINY = ["vlm", "profile", "--random", "tiny", "--size", "112", "100", "--samples", "1", "--new-tokens", "3"]
 
@@ -55,3 +56,15 @@ def test_messages(capsys) -> None:
 def test_wrong_settings_end_before_a_model_is_made(arguments, message, capsys, monkeypatch) -> None:
     monkeypatch.setattr(vlm_profile, "load_model", None)
     assert main([*TINY, *arguments]) == 1 and message in capsys.readouterr().err
+
+
+ASK = ["--image", str(WEIGHTS / "samples" / "scene00.jpg"), "--prompt", "is there a coat ?"]
+
+
+@pytest.mark.parametrize("prompt", [[], ASK], ids=["random", "asked"])
+def test_a_model_of_a_folder(prompt: list[str], capsys) -> None:
+    """Its vocabulary has less than 200 words."""
+    settings = ["--budgets", "0.5", "--samples", "1", "--new-tokens", "2"]
+    assert main(["vlm", "profile", str(WEIGHTS), *settings, *prompt]) == 0
+    stock, hired = [line.split("│") for line in capsys.readouterr().out.splitlines() if "eager" in line]
+    assert (int(stock[5]), int(hired[5])) == (256, 128)

@@ -169,9 +169,12 @@ def make_inputs(args: argparse.Namespace, model: Any, batch: int, device: Any, d
         pixels = torch.randn(batch, partitions, 3, tower.pixels, tower.pixels)
     pixels, (image, *_) = pixels.to(device, dtype), family.images(tower, pixels, **sizes)[1]
     count = Packer(has_newline=family.has_newline).stock_lengths([image])[0]
-    # Ids of words, below any special one; a few of them before the image.
-    before, after = torch.randint(3, 200, (batch, args.text_tokens)).tensor_split([args.text_tokens // 2], 1)
-    ids = torch.cat((before, torch.full((batch, count), model.config.image_token_id), after), 1)
+    image_token, size = model.config.image_token_id, model.get_input_embeddings().num_embeddings
+    # The first ids, which every tokenizer has, without those of special tokens.
+    words = torch.tensor([i for i in range(3, min(size, 200)) if i != image_token])
+    text = words[torch.randint(len(words), (batch, args.text_tokens))]
+    before, after = text.tensor_split([args.text_tokens // 2], 1)
+    ids = torch.cat((before, torch.full((batch, count), image_token), after), 1)
     inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device), "pixel_values": pixels}
     return {**inputs, **{name: x.to(device) for name, x in sizes.items()}}
 
