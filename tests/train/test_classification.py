@@ -54,6 +54,19 @@ def test_options_train(options):
     assert all(torch.isfinite(value) for value in metrics.values())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixup": -1.0}, "mixup must be 0 or more, got -1.0"),
+        ({"label_smoothing": 2.0}, "label_smoothing must be from 0 to 1, got 2.0"),
+        ({"warmup_epochs": -1}, "warmup_epochs must be 0 or more"),
+    ],
+)
+def test_numbers_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageClassifier("test_convnext", 4, **options)
+
+
 def test_top5_and_test_metrics():
     data, trainer = fake_data(num_classes=10), quick_trainer()
     trainer.test(ImageClassifier("test_convnext", num_classes=10), datamodule=data, verbose=False)

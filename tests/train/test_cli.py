@@ -170,6 +170,13 @@ def test_wrong_value_and_missing_sections(config, capsys):
     assert "required" in message and "digits/biformer_nano" in message
 
 
+def test_errors_of_constructors_come_without_the_parsers_words(config, capsys):
+    message = fails(capsys, "fit", "--config", config, "--model.init_args.model", "biformer_nno")
+    assert "error: Unknown model 'biformer_nno'" in message and "Subtypes" not in message
+    message = fails(capsys, "fit", "--config", config, "--model.init_args.mixup=-1")
+    assert message.strip().endswith("error: mixup must be 0 or more, got -1.0")
+
+
 def test_broken_yaml(config, capsys):
     Path(config).write_text("trainer: [")
     assert "fake.yaml is not valid YAML" in fails(capsys, "fit", "--config", config)

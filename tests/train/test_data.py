@@ -203,6 +203,13 @@ def test_webdataset_trains_in_persistent_workers(tmp_path):
     assert len(set(seen)) == 8
 
 
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"image_size": 0}, {"crop_pct": 2.0}, {"num_workers": -1}])
+def test_numbers_out_of_range(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
+        DigitsData(**wrong)
+
+
 def test_augment_keys_are_checked():
     with pytest.raises(ValueError, match="unknown key 'auto_augmnt'.*auto_augment"):
         DigitsData(augment={"auto_augmnt": "rand-m9"})

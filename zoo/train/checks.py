@@ -7,7 +7,8 @@ first and name it, its place and what it may have meant. Values and missing keys
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,19 @@ def check_option(option: str, classes: dict[str, str | None]) -> None:
         if classes[head] and names:
             cls = find_class(classes[head], where)
             _check_keys(names[:1], accepted_arguments(cls), where, f" for {cls.__name__}")
+
+
+def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Check numbers that a class was given.
+
+    Args:
+        values: Its arguments; None is left out.
+        ranges: Least and greatest value of some of them.
+
+    Raises:
+        ValueError: One is outside; the message names it.
+    """
+    for name, (low, high) in ranges.items():
+        if values[name] is not None and not low <= values[name] <= high:
+            limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+            raise ValueError(f"{name} must be {limits}, got {values[name]}")

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassAccuracy
 
 from zoo.factory import create_model
+from zoo.train.checks import check_ranges
 from zoo.train.distillation import Distillation, Distiller
 from zoo.train.seeding import mix_seed, run_seed, seed_global
 from zoo.train.sharding import check_callbacks, compile_blocks, shard
@@ -25,6 +26,12 @@ from zoo.train.sharding import check_callbacks, compile_blocks, shard
 def _logits_and_embedding(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     features = net.forward_features(x)
     return net.forward_head(features), net.forward_head(features, pre_logits=True)
+
+
+RANGES = {
+    **dict.fromkeys(("lr", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "mixup", "cutmix"), (0, math.inf)),
+    **dict.fromkeys(("label_smoothing", "mix_prob", "mix_switch_prob"), (0, 1)),
+}
 
 
 class ImageClassifier(LightningModule):
@@ -58,6 +65,9 @@ class ImageClassifier(LightningModule):
         mix_switch_prob: Probability of CutMix instead of Mixup where both are on.
         mix_mode: Whether one draw mixes a whole batch, each pair of images or each image.
         distillation: Settings of knowledge distillation, None for none.
+
+    Raises:
+        ValueError: An unknown model, or a number outside of its range.
     """
 
     def __init__(
@@ -88,6 +98,7 @@ class ImageClassifier(LightningModule):
         mix_mode: Literal["batch", "pair", "elem"] = "batch",
         distillation: Distillation | None = None,
     ):
+        check_ranges(locals(), RANGES)
         super().__init__()
         # A checkpoint holds plain types only, so that it loads with weights_only=True.
         if isinstance(distillation, dict):

@@ -157,6 +157,17 @@ def _short(message: str) -> str:
     return " ".join(dict.fromkeys(kept))
 
 
+# How the parser begins what it says of an error in a constructor.
+_WRAPPERS = ("Does not validate against", "Problem with given class_path")
+
+
+def _raised_by_class(error: ValueError) -> BaseException:
+    """What a constructor raised, which the parser wraps in the types that it tried."""
+    while str(error).startswith(_WRAPPERS) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def main(args: list[str] | None = None) -> None:
     """Run ``zoo fit``, ``validate``, ``test`` or ``predict``.
 
@@ -192,6 +203,10 @@ def main(args: list[str] | None = None) -> None:
         _fail(command, str(error), 2)
     except (FileNotFoundError, ImportError) as error:
         _fail(command, str(error), 1)
+    except ValueError as error:
+        if not str(error).startswith(_WRAPPERS):
+            raise
+        _fail(command, str(_raised_by_class(error)), 1)
 
 
 def _fail(command: str, message: str, code: int) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from torch.utils.data import DataLoader, Dataset
 
+from zoo.train.checks import check_ranges
 from zoo.train.seeding import ResumableLoader, SeededSampler, local_seed, mix_seed, run_seed
 
 # Set by the arguments of the data module itself.
@@ -77,6 +79,13 @@ class DecodedImages(Sequence):
         return self.items[index]
 
 
+RANGES = {
+    **dict.fromkeys(("num_classes", "image_size", "batch_size", "val_batch_size", "repeats"), (1, math.inf)),
+    "num_workers": (0, math.inf),
+    "crop_pct": (0.01, 1),
+}
+
+
 class ImageDataModule(LightningDataModule):
     """Images with one label each. Subclasses implement ``load_splits``.
 
@@ -95,6 +104,9 @@ class ImageDataModule(LightningDataModule):
         repeats: Draws of each image in a batch (repeated augmentation); 1 switches it off.
         cache: Whether to hold all decoded images in memory (small data sets whose decoding is the bottleneck).
         crop_mode: How validation makes images square: center (crop), squash (ignoring the aspect ratio) or border.
+
+    Raises:
+        ValueError: A number is outside of its range, or `augment` has an unknown key.
     """
 
     def __init__(
@@ -113,6 +125,7 @@ class ImageDataModule(LightningDataModule):
         cache: bool = False,
         crop_mode: str = "center",
     ):
+        check_ranges(locals(), RANGES)
         super().__init__()
         self.save_hyperparameters()
         known = set(inspect.signature(create_transform).parameters) - _OWN_TRANSFORM_ARGS
