@@ -206,7 +206,10 @@ def main(args: list[str] | None = None) -> None:
     except ValueError as error:
         if not str(error).startswith(_WRAPPERS):
             raise
-        _fail(command, str(_raised_by_class(error)), 1)
+        cause = _raised_by_class(error)
+        if not isinstance(cause, (ValueError, OSError, ImportError)):
+            raise
+        _fail(command, str(cause), 1)
 
 
 def _fail(command: str, message: str, code: int) -> None:
