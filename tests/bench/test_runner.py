@@ -169,6 +169,17 @@ def test_plot(toy, tmp_path):
     assert (tmp_path / "toy.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_plot_marks_wall_times_among_gpu_times():
+    from matplotlib.figure import Figure
+
+    common = {"unit": "ms", "config": "small batch=2", "p20": "", "p50": "1.5", "p80": ""}
+    rows = [{**common, "provider": name, "metric": f"{name}_time"} for name in ("gpu", "wall")]
+    axis = Figure().subplots()
+    report.draw_panel(axis, "toy", rows, ["gpu", "wall"])
+    assert [text.get_text() for text in axis.texts] == ["1.5", "1.5 (wall time)"]
+    assert axis.get_xlabel() == "gpu time (ms), lower is better"
+
+
 def test_plot_of_nothing(tmp_path, capsys):
     report.append(tmp_path / "empty.csv", [])
     assert main(["--plot", str(tmp_path / "empty.csv")]) == 2

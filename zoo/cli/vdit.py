@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zoo.cli.arguments import pick_device, positive, share
+from zoo.cli.arguments import count, pick_device, positive, share, share_below_one
 
 SIZES = {"height": "height", "width": "width", "frames": "num_frames", "steps": "num_inference_steps"}
 
@@ -51,8 +51,8 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lam", type=float, default=0.5, help="paper: weight of the cost (default: %(default)s)")
     parser.add_argument("--eps", type=float, default=1.0, help="paper: largest loss of a sparse head (%(default)s)")
     parser.add_argument("--bins", type=_bins, default=5, help="groups of steps, or 'steps' (default: %(default)s)")
-    parser.add_argument("--dense-steps", type=_part, default=0.2, help="share of first steps kept (%(default)s)")
-    parser.add_argument("--dense-layers", type=_count, default=0, help="number of first layers kept (%(default)s)")
+    parser.add_argument("--dense-steps", type=share_below_one, default=0.2, help="share of first steps kept (0.2)")
+    parser.add_argument("--dense-layers", type=count, default=0, help="number of first layers kept (%(default)s)")
     parser.add_argument("--state", type=Path, help="file of measurements, to go on after an interruption")
 
 
@@ -73,7 +73,7 @@ def _add_apply(parser: argparse.ArgumentParser) -> None:
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", help="plan: a file, a folder or a hub repository")
     parser.add_argument("--grid", type=_grid, help="tokens, FRAMESxHEIGHTxWIDTH (default: the searched grid)")
-    parser.add_argument("--text-length", type=_count, help="text tokens (default: as searched)")
+    parser.add_argument("--text-length", type=count, help="text tokens (default: as searched)")
     parser.add_argument("--attention-share", type=share, help="share of attention in a dense pass, to predict the rest")
     parser.add_argument("--measure", action="store_true", help="time the attention here")
     parser.add_argument("--device", help="device of --measure (default: cuda where there is one)")
@@ -242,16 +242,17 @@ def check_video(path: Path) -> None:
 
 def save_video(video: Any, path: Path, fps: int) -> None:
     """Write frames [F, H, W, C] in [0, 1], grey or RGB, as a video."""
-    from diffusers.utils import export_to_video
-    from PIL import Image
-
     path.parent.mkdir(parents=True, exist_ok=True)
     if video.shape[-1] == 1:
         video = video.repeat(3, axis=-1)
     if path.suffix.lower() == ".gif":
+        from PIL import Image
+
         first, *others = [Image.fromarray((frame * 255).round().astype("uint8")) for frame in video]
         first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
         return
+    from diffusers.utils import export_to_video
+
     export_to_video(list(video), str(path), fps=fps)
 
 
@@ -268,23 +269,6 @@ def _print(report: Any) -> None:
 
     # Folding or cropping a line would spoil the map on a narrow terminal.
     Console().print(report, soft_wrap=True)
-
-
-def _part(text: str) -> float:
-    """A number from 0 up to, but not including, 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share in [0, 1)")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
 
 
 def _bins(text: str) -> int | str:
